@@ -1,0 +1,31 @@
+"""Fixtures of the whole suite."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real captures and scenes; a test that asks for it skips where it is absent."""
+    root = Path(__file__).resolve().parents[1]
+    folder = Path(os.environ.get("GENCOMPRESS_DATA", root.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder} (set GENCOMPRESS_DATA)")
+    return folder
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory handed out by torch.empty starts as NaN, so an unwritten element fails a test."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
