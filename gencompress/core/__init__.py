@@ -1,0 +1,1 @@
+"""Shared core: scores in, masks out. Knows no model, file or image."""
