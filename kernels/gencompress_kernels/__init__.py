@@ -1,0 +1,1 @@
+"""Kernels of gencompress: one folder an op, one file a backend."""

@@ -1,0 +1,97 @@
+"""Which backend of an op runs, and why one cannot.
+
+Order of choice: the `backend=` argument, the `use_backend(...)` context, `GENCOMPRESS_BACKEND`,
+else the first of cuda, triton, cpu, reference that can run on the tensors' device. An explicit
+choice that cannot run raises `BackendUnavailable`; only an automatic choice moves on to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+FILES = {"cuda": "cuda", "triton": "triton_ops", "cpu": "cpu", "reference": "reference"}
+OPS = ("compact", "merge_splats", "rasterize_splats", "select")
+
+_chosen: ContextVar[str | None] = ContextVar("backend", default=None)
+_last: dict[str, str] = {}
+# numba's fork-safe threading layer allows one parallel region at a time
+cpu_lock = threading.RLock()
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Every op inside the block runs on this backend, or raises `BackendUnavailable`."""
+    _check_name(name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def why_not(op: str, backend: str, device: str | torch.device = "cpu") -> str | None:
+    """None if `backend` can run `op` on tensors of `device`, else one sentence with the reason."""
+    _check_name(backend)
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(OPS)}")
+    reason = _why_not_here(op, backend)
+    if reason:
+        return reason
+    kind = torch.device(device).type
+    if backend in ("cuda", "triton") and kind != "cuda":
+        return f"needs tensors on a CUDA device, these are on {kind}"
+    if backend == "cpu" and kind != "cpu":
+        return f"needs tensors on the CPU, these are on {kind}"
+    return None
+
+
+@functools.cache
+def _why_not_here(op: str, backend: str) -> str | None:
+    if importlib.util.find_spec(f"gencompress_kernels.{op}.{FILES[backend]}") is None:
+        return "not written yet"
+    if backend in ("cuda", "triton") and not torch.cuda.is_available():
+        return "no CUDA device"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton not installed"
+    if backend == "cpu" and importlib.util.find_spec("numba") is None:
+        return "numba not installed"
+    return None
+
+
+def pick(op: str, device: torch.device, backend: str | None = None) -> ModuleType:
+    """The module of the backend that runs `op` now."""
+    wanted = backend or _chosen.get() or os.environ.get("GENCOMPRESS_BACKEND") or None
+    if wanted:
+        _check_name(wanted)
+        reason = why_not(op, wanted, device)
+        if reason:
+            raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run: {reason}")
+    else:
+        wanted = next(name for name in BACKENDS if why_not(op, name, device) is None)
+    _last[op] = wanted
+    return importlib.import_module(f"gencompress_kernels.{op}.{FILES[wanted]}")
+
+
+def last() -> dict[str, str]:
+    """What ran last, by op."""
+    return dict(_last)
+
+
+def _check_name(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
