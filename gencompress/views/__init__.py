@@ -1,0 +1,1 @@
+"""What the 3D rooms share: cameras, capture loaders, rigs."""
