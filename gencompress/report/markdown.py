@@ -1,0 +1,107 @@
+"""report.md: the same rows for places that show only text. Nothing reads it back."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from gencompress.report import rows, text
+from gencompress.report.figures import curve_tables
+from gencompress.report.page import facts, lede, recipe_listing
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as GitHub-flavoured Markdown. Text of the artifacts is escaped."""
+    artifacts = report["artifacts"]
+    lines = [f"# {escape(report['title'])}", ""]
+    if len(artifacts) > 1:
+        lines += _comparison(report["comparison"])
+    for a in artifacts:
+        if len(artifacts) > 1:
+            lines += [f"## {escape(a['title'])}", ""]
+        lines += _artifact(a, "###" if len(artifacts) > 1 else "##")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def escape(words: Any) -> str:
+    """Text that Markdown and a table cell show as it is."""
+    flat = re.sub(r"[^\S\xa0]+", " ", str(words)).strip()  # one line; no-break spaces stay
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(flat, quote=False))
+
+
+def _artifact(a: dict[str, Any], level: str) -> list[str]:
+    lines = [escape(lede(a)), ""]
+    figures = rows.headline(a["measurements"])
+    if figures:
+        lines += ["**" + ", ".join(escape(f"{f['figure']} {f['label']}") for f in figures) + "**"]
+        lines += [""]
+    lines += [f"{level} Measurements", "", *_measurements(a["measurements"]), ""]
+    for title, table in curve_tables(a["curves"]):
+        body = [
+            [shown + (", chosen" if chosen and i == 0 else "") for i, (shown, _) in enumerate(row)]
+            for row, chosen in zip(table["body"], table["chosen"], strict=True)
+        ]
+        lines += [f"{level} {escape(title)}", "", *_table(table["head"], body), ""]
+    known = [[name, text.MISSING if shown is None else shown] for name, shown in facts(a)]
+    lines += [f"{level} Provenance", "", *_table(["", ""], known, numbers=False), ""]
+    lines += [f"Artifact: [{escape(a['folder'])}](<{a['folder']}>)", ""]
+    lines += _fenced(recipe_listing(a["recipe"]), "toml")
+    return lines + (_fenced(a["command"], "sh") if a["command"] else [])
+
+
+def _measurements(measured: Sequence[dict[str, Any]]) -> list[str]:
+    if not measured:
+        return ["Nothing was measured."]
+    head = ["quantity", "before", "after", "change", "verdict", "spread", "repeats"]
+    ordered = sorted(measured, key=lambda row: rows.GROUPS.index(row["group"]))
+    return _table(head, [_measurement(row) for row in ordered])
+
+
+def _measurement(row: dict[str, Any]) -> list[str]:
+    moved = row["change"]
+    shown = rows.change_words(row)
+    if moved and moved["percent"] is not None and moved["verdict"] != "same":
+        shown += f" ({text.percent(moved['percent'])})"
+    spread = "" if row["spread"] is None else text.value(row["spread"], row["unit"])
+    before, after = (text.value(row[key], row["unit"]) for key in ("before", "after"))
+    verdict = moved["verdict"] if moved else ""
+    return [row["name"], before, after, shown, verdict, spread, str(row["repeats"])]
+
+
+def _comparison(compared: dict[str, Any]) -> list[str]:
+    lines = ["## Comparison", "", *_side_by_side(compared), ""]
+    for block in compared["speed"]:
+        device = block["device"] or "a device that was not recorded"
+        lines += [f"### Speed on {escape(device)}", "", *_side_by_side(block), ""]
+    if len(compared["speed"]) > 1:
+        lines += ["Times depend on the device, so no value is compared across devices.", ""]
+    return lines
+
+
+def _side_by_side(block: dict[str, Any]) -> list[str]:
+    head = ["artifact"] + [c["name"] for c in block["columns"]]
+    body = []
+    for row in block["rows"]:
+        cells = [row["title"]]
+        for cell in row["cells"]:
+            shown = text.MISSING if cell is None else text.value(cell["after"], cell["unit"])
+            words = rows.change_words(cell) if cell else ""
+            cells.append(f"{shown} ({words})" if words else shown)
+        body.append(cells)
+    return _table(head, body)
+
+
+def _table(
+    head: Sequence[str], body: Sequence[Sequence[str]], *, numbers: bool = True
+) -> list[str]:
+    rule = ["---"] + ["---:" if numbers else "---"] * (len(head) - 1)
+    lines = [[escape(c) for c in head], rule, *[[escape(c) for c in row] for row in body]]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def _fenced(words: str, language: str) -> list[str]:
+    longest = max((len(run) for run in re.findall("`+", words)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}{language}", words, fence, ""]

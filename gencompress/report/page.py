@@ -1,0 +1,137 @@
+"""report.html: one file that holds its styles, scripts, pictures and models."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import jinja2
+from markupsafe import Markup
+
+from gencompress.report import rows, text
+from gencompress.report.figures import curve_figures, step_figures
+
+_HERE = Path(__file__).parent
+MAX_LOG_LINES = 400
+
+
+def render(report: dict[str, Any], pictures: Sequence[tuple[list, dict | None]]) -> str:
+    """The page of a report. `pictures` holds the views and the 3D scene of each artifact."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        value=text.value, exact=text.exact, percent=text.percent, change_words=rows.change_words
+    )
+    artifacts = [
+        _for_page(a, views, scene)
+        for a, (views, scene) in zip(report["artifacts"], pictures, strict=True)
+    ]
+    scripts = ["page.js"] + ["viewer.js"] * any(a["scene"] for a in artifacts)
+    return environment.get_template("page.html").render(
+        title=report["title"],
+        version=report["gencompress"],
+        artifacts=artifacts,
+        single=artifacts[0] if len(artifacts) == 1 else None,
+        compared=report["comparison"],
+        devices=list(dict.fromkeys(a["device"] for a in artifacts if a["device"])),
+        unknown=sum(not a["device"] for a in artifacts),
+        groups=rows.GROUPS,
+        style=_own("report.css"),
+        script=Markup("\n").join(_own(name) for name in scripts),
+    )
+
+
+def _own(name: str) -> Markup:
+    """A file of this package, put in as it is."""
+    return Markup((_HERE / name).read_text(encoding="utf-8"))
+
+
+def _for_page(a: dict[str, Any], views: list, scene: dict | None) -> dict[str, Any]:
+    return {
+        **a,
+        "views": views,
+        "scene": scene,
+        "lede": lede(a),
+        "headline": rows.headline(a["measurements"]),
+        "curve_figures": curve_figures(a["curves"]),
+        "step_figures": step_figures(a["steps"]),
+        "log_lines": _log_lines(a["log"]),
+        "facts": facts(a),
+        "folder_shown": unquote(a["folder"]),
+        "recipe_listing": recipe_listing(a["recipe"]),
+    }
+
+
+def lede(a: dict[str, Any]) -> str:
+    """The sentence under a title: what was compressed, to what budget, where and when."""
+    what = f"{a['target']}" if a["target"] else "A model whose origin was not recorded"
+    keep = a["recipe"].get("budget")
+    keep = keep.get("keep") if isinstance(keep, dict) else keep
+    budget = f" to {keep}" if keep else ""
+    method = f" by the method {a['method']}" if a["method"] else ""
+    where = f" Measured on {a['device']}." if a["device"] else " The device was not recorded."
+    day = f" Made {a['created'][:10]}." if isinstance(a["created"], str) else ""
+    return f"{what}, compressed{budget}{method}.{where}{day}"
+
+
+def facts(a: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """What is known of the origin of an artifact, as (name, value or None)."""
+    backends = ", ".join(f"{op}: {name}" for op, name in a["backends"].items())
+    found = [("method", a["method"]), ("target", a["target"]), ("made", a["created"])]
+    found += [("gencompress", a["gencompress"]), ("commit", a["commit"]), ("device", a["device"])]
+    if backends:
+        found.append(("backends", backends))
+    if a["model"]:
+        found.append(("model", a["model"]))
+    return [(name, None if shown is None else str(shown)) for name, shown in found]
+
+
+def recipe_listing(recipe: dict[str, Any]) -> str:
+    """A recipe as TOML, which reads back to the same values: plain ones first, then the tables.
+
+    TOML has no null, so a value that is not set is a comment.
+    """
+    plain = {k: v for k, v in recipe.items() if not isinstance(v, dict) and k != "command"}
+    tables = {k: v for k, v in recipe.items() if isinstance(v, dict) and v}
+    lines = _assignments(plain)
+    for name, table in tables.items():
+        lines += ["", f"[{_key(name)}]", *_assignments(table)]
+    return "\n".join(lines).strip() or "# no recipe was recorded"
+
+
+def _assignments(table: dict[str, Any]) -> list[str]:
+    width = max((len(_key(k)) for k, v in table.items() if v is not None), default=0)
+    return [
+        f"# {_key(key)} is not set" if value is None else f"{_key(key):<{width}} = {_toml(value)}"
+        for key, value in table.items()
+    ]
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml(name)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _log_lines(log: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [json.dumps(row, ensure_ascii=False) for row in log]
+    if len(lines) <= MAX_LOG_LINES:
+        return lines
+    half = MAX_LOG_LINES // 2
+    left_out = f"… {len(lines) - 2 * half} lines are in the log.jsonl of the artifact …"
+    return [*lines[:half], left_out, *lines[-half:]]

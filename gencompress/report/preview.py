@@ -1,0 +1,115 @@
+"""The pictures of an artifact: preview images as data URIs, and its 3D scene for the viewer."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from gencompress.files import FormatError
+from gencompress.report.rows import number
+
+SPLAT_BYTES = 32  # of one .splat record
+MAX_SPLATS = 250_000  # 8 MB a cloud: beyond that a page is slow to open, so it is left out
+_SIGNATURES = (
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"GIF8", "image/gif"),
+)
+_VECTORS = ("eye", "target", "up")
+_IMAGES = ("before", "after", "difference")
+
+
+def read_previews(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The views of `folder`/preview/index.json, and the 3D scene or None.
+
+    A view is {"name", "caption", "background", "before", "after", "difference"}, its images data
+    URIs or None. The scene is {"before", "after"} (base64 of .splat records, or None), "counts",
+    "camera" and "background", or {"note"} where it is too large to embed.
+
+    Raises:
+        FormatError: the index is not what it should be, or names a file that is absent, lies
+            outside the preview folder or is not an image.
+    """
+    preview = folder / "preview"
+    index = _read_index(preview / "index.json")
+    views = [_view(preview, entry, i) for i, entry in enumerate(index.get("views") or [], 1)]
+    return views, _scene(preview, index)
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(path, f"not JSON ({error})") from None
+    views = index.get("views", []) if isinstance(index, dict) else None
+    if not isinstance(views, list) or not all(isinstance(v, dict) for v in views):
+        raise FormatError(path, 'expected an object {"views": [{...}], ...}')
+    return index
+
+
+def _view(preview: Path, entry: dict[str, Any], number: int) -> dict[str, Any]:
+    view = {key: entry.get(key) for key in ("caption", "background")}
+    view["name"] = str(entry.get("name") or f"view {number}")
+    for key in _IMAGES:
+        view[key] = _data_uri(preview, str(entry[key])) if entry.get(key) else None
+    return view
+
+
+def _data_uri(preview: Path, name: str) -> str:
+    path = preview / name.replace("\0", "")  # no path may hold a zero
+    if not path.resolve().is_relative_to(preview.resolve()):
+        raise FormatError(preview / "index.json", f"names {name!r}, outside the preview folder")
+    if not path.is_file():
+        raise FormatError(preview / "index.json", f"names {name!r}, which does not exist")
+    data = path.read_bytes()
+    kind = next((kind for magic, kind in _SIGNATURES if data.startswith(magic)), None)
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        kind = "image/webp"
+    if kind is None:
+        raise FormatError(path, "not a PNG, JPEG, GIF or WebP image")
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _scene(preview: Path, index: dict[str, Any]) -> dict[str, Any] | None:
+    paths = {key: preview / f"{key}.splat" for key in ("before", "after")}
+    present = {key: path for key, path in paths.items() if path.is_file()}
+    if not present:
+        return None
+    counts = {key: _count(path) for key, path in present.items()}
+    if max(counts.values()) > MAX_SPLATS:
+        return {"note": f"{max(counts.values()):,} splats are too many to embed in a page"}
+    data = {k: base64.b64encode(p.read_bytes()).decode() for k, p in present.items()}
+    scene = index.get("scene") if isinstance(index.get("scene"), dict) else {}
+    return {
+        "before": data.get("before"),
+        "after": data.get("after"),
+        "counts": counts,
+        "camera": _camera(preview / "index.json", index.get("camera")),
+        "background": "white" if scene.get("background") == "white" else "black",
+    }
+
+
+def _count(path: Path) -> int:
+    size = path.stat().st_size
+    if size % SPLAT_BYTES:
+        raise FormatError(path, f"{size} bytes, expected whole records of {SPLAT_BYTES}")
+    return size // SPLAT_BYTES
+
+
+def _camera(path: Path, camera: Any) -> dict[str, Any] | None:
+    if camera is None:
+        return None
+    fov = number(camera.get("fov_deg", 45)) if isinstance(camera, dict) else None
+    if fov is None or not 0 < fov < 180 or not all(_is_vector(camera.get(k)) for k in _VECTORS):
+        raise FormatError(
+            path, "camera needs eye, target and up of 3 numbers and 0 < fov_deg < 180"
+        )
+    return {**{key: camera[key] for key in _VECTORS}, "fov_deg": fov}
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and None not in map(number, value)

@@ -1,0 +1,243 @@
+"""Artifact folders as plain rows: what report.json holds, and the other two pages show."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from gencompress.artifact import Artifact, read_log
+from gencompress.measure import Measurement
+from gencompress.report import text
+
+GROUPS = ("size", "cost", "quality", "speed", "other")
+_COST_UNITS = {"MACs", "FLOPs", "GMACs", "GFLOPs"}
+_SIZE_UNITS = {"B", "bytes", "kB", "MB", "GB", "params", "parameters", "units"}
+_SIZE_WORDS = ("splat", "face", "vertices", "parameter", "size", "count", "cells", "experts")
+_COST_WORDS = ("memory", "macs", "flops", "intersection", "compression", "scoring", "training")
+_QUALITY_WORDS = ("psnr", "ssim", "lpips", "fid", "cmmd", "clip", "sscd", "iou", "chamfer")
+_QUALITY_WORDS += ("hausdorff", "similarity", "error", "accuracy", "silhouette")
+_SPEED_WORDS = ("time", "latency", "throughput", "fps", "per second")
+_FEWER = {"size": ("smaller", "larger"), "speed": ("faster", "slower"), "cost": ("less", "more")}
+
+
+def group_of(name: str, unit: str) -> str:
+    """Which of `GROUPS` a measurement belongs to, by its unit and the words of its name."""
+    low = name.lower()
+    if unit in _COST_UNITS or any(word in low for word in _COST_WORDS):
+        return "cost"
+    if unit == "dB" or any(word in low for word in _QUALITY_WORDS):
+        return "quality"
+    if unit in text.TIME_UNITS | text.RATE_UNITS or any(word in low for word in _SPEED_WORDS):
+        return "speed"
+    if unit in _SIZE_UNITS or any(word in low for word in _SIZE_WORDS):
+        return "size"
+    return "other"
+
+
+def describe(artifact: Artifact, out: Path, ident: str) -> dict[str, Any]:
+    """One artifact as plain data. `out` is the folder of the report, for the relative link."""
+    manifest = artifact.manifest
+    recipe = manifest.get("recipe") or {}
+    device = manifest.get("device") or {}
+    log = read_log(artifact) if (artifact.folder / "log.jsonl").is_file() else []
+    common = {"device": device_label(device), "commit": manifest.get("commit")}
+    return {
+        "id": ident,
+        "title": str(manifest.get("title") or artifact.folder.name),
+        "folder": link_to(artifact.folder, out),
+        "method": manifest.get("method"),
+        "target": recipe.get("target"),
+        "created": manifest.get("created"),
+        "gencompress": manifest.get("gencompress"),
+        "command": _command(recipe.get("command") or manifest.get("command")),
+        **common,
+        "device_details": device,
+        "backends": manifest.get("backends") or {},
+        "packages": manifest.get("packages") or {},
+        "recipe": recipe,
+        "model": (manifest.get("model") or {}).get("file"),
+        "files": manifest.get("files") or {},
+        "measurements": [{**_row(m), **common} for m in artifact.measurements],
+        "curves": [_plain(row) for row in log if row.get("kind") == "curve"],
+        "steps": [_plain(row) for row in log if row.get("kind") == "step"],
+        "log": [_plain(row) for row in log if row.get("kind") not in ("curve", "step")],
+    }
+
+
+def _row(m: Measurement) -> dict[str, Any]:
+    before, after = number(m.before), number(m.after)
+    return {
+        "name": m.name,
+        "group": group_of(m.name, m.unit),
+        "before": before,
+        "after": after,
+        "unit": m.unit,
+        "better": m.better,
+        "repeats": m.repeats,
+        "spread": number(m.spread),
+        "change": change(before, after, m.unit, m.better),
+    }
+
+
+def change(before: float | None, after: float | None, unit: str, better: str) -> dict | None:
+    """How `after` relates to `before`; None where one of them is missing.
+
+    `ratio` (after / before) and `percent` are None where a ratio means nothing: for a logarithmic
+    unit (dB), or when one value is zero or they differ in sign.
+    """
+    if before is None or after is None:
+        return None
+    has_ratio = unit != "dB" and before * after > 0
+    verdict = "same"
+    if after != before:
+        verdict = "better" if (after > before) == (better == "higher") else "worse"
+    return {
+        "difference": after - before,
+        "ratio": after / before if has_ratio else None,
+        "percent": 100 * (after - before) / before if before and unit != "dB" else None,
+        "verdict": verdict,
+    }
+
+
+def change_words(row: dict[str, Any]) -> str:
+    """The change of a row as "4.02× smaller", or as a difference where a ratio means nothing."""
+    moved = row["change"]
+    if moved is None:
+        return ""
+    if moved["verdict"] == "same":
+        return "unchanged"
+    if moved["ratio"] is None:
+        return text.difference(moved["difference"], row["unit"])
+    ratio = abs(moved["ratio"])
+    return f"{text.factor(max(ratio, 1 / ratio))} {_direction(row)}"
+
+
+def _direction(row: dict[str, Any]) -> str:
+    rose = row["after"] > row["before"]
+    default = ("lower", "higher")
+    words = _FEWER.get(row["group"], default)
+    if row["group"] == "speed":  # a longer time is slower, a higher rate is faster
+        return words[1] if rose == (row["better"] == "lower") else words[0]
+    if row["group"] == "size" and row["unit"] not in ("B", "bytes", "kB", "MB", "GB"):
+        words = ("fewer", "more")
+    return words[1] if rose else words[0]
+
+
+def headline(rows: Sequence[dict[str, Any]], *, speed: bool = True) -> list[dict[str, str]]:
+    """The few numbers that sum a run up: [{"figure": "4.0×", "label": "smaller", "detail": ...}].
+
+    Taken from the measurements: the delivered size, else the first count; the first quality;
+    the first speed. What was not measured is left out.
+    """
+    found = []
+    sizes = [r for r in rows if r["group"] == "size" and r["change"] and r["change"]["ratio"]]
+    sizes.sort(key=lambda r: r["unit"] not in ("B", "bytes", "MB"))
+    found += [_factor_figure(r) for r in sizes[:1]]
+    quality = [r for r in rows if r["group"] == "quality" and r["after"] is not None]
+    quality.sort(key=lambda r: "worst" in r["name"].lower())
+    for r in quality[:1]:
+        detail = "" if r["before"] is None else f"was {text.value(r['before'], r['unit'])}"
+        figure = {"figure": text.value(r["after"], r["unit"]), "label": r["name"], "detail": detail}
+        found.append(figure)
+    if speed:
+        timed = [r for r in rows if r["group"] == "speed" and r["change"] and r["change"]["ratio"]]
+        found += [_factor_figure(r) for r in timed[:1]]
+    return found
+
+
+def _factor_figure(row: dict[str, Any]) -> dict[str, str]:
+    ratio = abs(row["change"]["ratio"])
+    before, after = (text.value(row[key], row["unit"]) for key in ("before", "after"))
+    same = row["change"]["verdict"] == "same"
+    label = f"{row['name']} unchanged" if same else _direction(row)
+    figure = text.short_factor(max(ratio, 1 / ratio))
+    return {"figure": figure, "label": label, "detail": f"{row['name']} {before} → {after}"}
+
+
+def is_timed(row: dict[str, Any]) -> bool:
+    """Whether the value depends on the machine, so that two devices may not be compared by it."""
+    return row["group"] == "speed" or row["unit"] in text.TIME_UNITS | text.RATE_UNITS
+
+
+def comparison(artifacts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several artifacts side by side: {"columns", "rows", "speed"}.
+
+    Columns are the measurements at least two artifacts share; times and rates are kept apart, in
+    one block per device. An artifact that does not name its device has a block to itself.
+    """
+    columns = _shared([[r for r in a["measurements"] if not is_timed(r)] for a in artifacts])
+    devices: dict[Any, list[dict]] = {}
+    for a in artifacts:
+        devices.setdefault(a["device"] or a["id"], []).append(a)
+    speed = []
+    for group in devices.values():
+        timed = [[r for r in a["measurements"] if is_timed(r)] for a in group]
+        names = _shared(timed, at_least=1)
+        if names:
+            rows = _cells(group, names)
+            speed.append({"device": group[0]["device"], "columns": names, "rows": rows})
+    return {"columns": columns, "rows": _cells(artifacts, columns), "speed": speed}
+
+
+def _shared(rows: Sequence[Sequence[dict]], at_least: int = 2) -> list[dict[str, str]]:
+    count: dict[tuple[str, str, str], int] = {}
+    for of_artifact in rows:
+        for key in dict.fromkeys((r["group"], r["name"], r["unit"]) for r in of_artifact):
+            count[key] = count.get(key, 0) + 1
+    kept = sorted((k for k in count if count[k] >= at_least), key=lambda k: GROUPS.index(k[0]))
+    return [dict(zip(("group", "name", "unit"), key, strict=True)) for key in kept]
+
+
+def _cells(artifacts: Sequence[dict], columns: Sequence[dict]) -> list[dict[str, Any]]:
+    rows = []
+    for a in artifacts:
+        by_key = {(r["name"], r["unit"]): r for r in a["measurements"]}
+        cells = [by_key.get((c["name"], c["unit"])) for c in columns]
+        who = {key: a[key] for key in ("id", "title", "method", "target", "folder")}
+        rows.append({**who, "cells": cells})
+    return rows
+
+
+def device_label(device: dict[str, Any]) -> str | None:
+    """A device in words, "AMD EPYC, 2 cores"; None where the manifest does not name one."""
+    name = device.get("name") or device.get("kind")
+    if not name:
+        return None
+    cores = device.get("cores")
+    unit = "multiprocessor" if device.get("kind") == "cuda" else "core"
+    return f"{name}, {cores} {unit}{'s' if cores != 1 else ''}" if cores else str(name)
+
+
+def link_to(folder: Path, out: Path) -> str:
+    """A relative, percent-encoded link from the report to an artifact; absolute across drives."""
+    try:
+        relative = os.path.relpath(folder.resolve(), out.resolve())
+    except ValueError:
+        return folder.resolve().as_uri() + "/"
+    return quote(Path(relative).as_posix()) + "/"
+
+
+def number(x: Any) -> float | None:
+    """`x` where it is a finite number, else None."""
+    is_number = isinstance(x, int | float) and not isinstance(x, bool)
+    return x if is_number and math.isfinite(x) else None
+
+
+def _plain(x: Any) -> Any:
+    """`x` without infinite values, which strict JSON cannot hold (a log can: 1e999)."""
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def _command(command: Any) -> str | None:
+    if isinstance(command, list):
+        return shlex.join(str(part) for part in command)
+    return str(command) if command else None

@@ -1,0 +1,66 @@
+"""Artifacts made by hand, small enough to read."""
+
+import json
+import struct
+
+from PIL import Image
+
+CPU = {"name": "AMD EPYC", "cores": 2, "kind": "cpu"}
+FIELDS = ("name", "before", "after", "unit", "better", "repeats", "spread")
+ROWS = [
+    dict(zip(FIELDS, row, strict=True))
+    for row in (
+        ("splats", 113648, 28412, "", "lower", 1, None),
+        ("file size", 27275520, 6818880, "B", "lower", 1, None),
+        ("PSNR", None, 36.853, "dB", "higher", 24, 1.93),
+        ("LPIPS", None, None, "", "lower", 1, None),
+        ("render time", 0.0973, 0.0512, "s", "lower", 20, 0.0021),
+    )
+]
+CURVE = {"kind": "curve", "x_name": "splats kept", "x_unit": "%", "y_name": "PSNR", "y_unit": "dB"}
+LOG = [
+    {**CURVE, "series": "merge", "x": 0.25, "y": 36.8, "worst": 31.2, "chosen": True},
+    {**CURVE, "series": "merge", "x": 0.5, "y": 41.9, "worst": 36.1},
+    {**CURVE, "series": "opacity", "x": 0.25, "y": 23.6},
+    {**CURVE, "series": "opacity", "x": 0.5, "y": None},
+    *({"kind": "step", "step": i, "loss": 1 / (i + 1)} for i in range(5)),
+    {"kind": "note", "text": "24 views"},
+]
+
+
+def splat(xyz, scale, rgba, rot=(255, 128, 128, 128)):
+    return struct.pack("<6f8B", *xyz, *scale, *rgba, *rot)
+
+
+def make_artifact(folder, *, measurements=ROWS, log=(), views=0, scene=None, **manifest):
+    folder.mkdir(parents=True)
+    recipe = {"method": "splat", "target": "plant.splat", "budget": "25%", "seed": 0}
+    recipe["config"] = {"score": "blend_weight", "steps": None}
+    known = {
+        "format": 1,
+        "method": "splat",
+        "title": "plant, 25%",
+        "created": "2026-01-02T03:04:05",
+    }
+    known |= {"gencompress": "0.1.0", "recipe": recipe, "packages": {"torch": "2.13.0"}}
+    known |= {"commit": "c0ffee", "device": CPU, "backends": {"rasterize_splats": "cpu"}}
+    known |= {"model": {"file": "model/scene.ply"}, "files": {}}
+    (folder / "manifest.json").write_text(json.dumps(known | manifest))
+    (folder / "measurements.json").write_text(json.dumps(measurements))
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    preview = folder / "preview"
+    preview.mkdir()
+    index = {"views": []}
+    for i in range(views):
+        view = {"name": f"view {i + 1}", "caption": "PSNR 41.2 dB", "background": "black"}
+        for key, colour in (("before", "red"), ("after", "blue"), ("difference", "grey")):
+            view[key] = f"view-{i}-{key}.png"
+            Image.new("RGB", (200, 160), colour).save(preview / view[key])
+        index["views"].append(view)
+    if scene:
+        camera = {"eye": [0, 0, -3], "target": [0, 0, 0], "up": [0, -1, 0], "fov_deg": 45}
+        index["camera"] = camera
+        for key, records in scene.items():
+            (preview / f"{key}.splat").write_bytes(b"".join(records))
+    (preview / "index.json").write_text(json.dumps(index))
+    return folder
