@@ -1,0 +1,64 @@
+"""Pictures of a splat cloud, and what each splat contributes to them."""
+
+from __future__ import annotations
+
+import torch
+from gencompress_kernels.rasterize_splats import (
+    Rendered,
+    rasterize_splats,
+    splat_removal_errors,
+)
+from torch import Tensor
+
+from gencompress.splat.cloud import SplatCloud
+from gencompress.views.camera import Camera
+
+FLAT = 1e-6  # third axis of a 2DGS surfel drawn as a flat splat, as a share of its smaller axis
+
+
+def activate(cloud: SplatCloud) -> dict[str, Tensor]:
+    """What the rasterizer takes: means, quats, scales [N, 3], opacities in [0, 1], sh."""
+    scales = cloud.scales.exp()
+    if scales.shape[1] == 2:
+        scales = torch.cat([scales, FLAT * scales.amin(1, keepdim=True)], 1)
+    return {
+        "means": cloud.means,
+        "quats": cloud.quats,
+        "scales": scales,
+        "opacities": cloud.opacities.sigmoid(),
+        "sh": cloud.sh,
+    }
+
+
+def render(
+    cloud: SplatCloud,
+    camera: Camera,
+    *,
+    background: Tensor | None = None,  # [3], black if None
+    statistics: bool = False,
+) -> Rendered:
+    """One pinhole picture (lens distortion is ignored): colors [1, H, W, 3] and so on."""
+    return rasterize_splats(
+        **activate(cloud),
+        **_lens(cloud, camera),
+        background=background,
+        statistics=statistics,
+        antialiased=cloud.antialiased,
+    )
+
+
+def removal_errors(cloud: SplatCloud, camera: Camera) -> Tensor:
+    """[N] squared change of the picture if one splat alone were taken out."""
+    return splat_removal_errors(
+        **activate(cloud), **_lens(cloud, camera), antialiased=cloud.antialiased
+    )[0]
+
+
+def _lens(cloud: SplatCloud, camera: Camera) -> dict[str, Tensor | int]:
+    like = cloud.means
+    return {
+        "viewmats": camera.world_to_camera.to(like)[None],
+        "intrinsics": camera.intrinsics.to(like)[None],
+        "width": camera.width,
+        "height": camera.height,
+    }

@@ -1,0 +1,651 @@
+"""Splat rasterisation on the CPU with numba: tiles are the tasks, rows of 16 pixels the vectors.
+
+A picture costs three passes. `_project` computes one 64-byte record a splat. `_count_pairs` and
+`_fill_pairs` list, tile by tile and nearest first, the splats whose ellipse alpha >= 1/255 enters
+the tile; a worker owns whole rows of tiles, so nothing is shared. `_blend` walks each tile's list
+with the splat as the outer and a row of 16 pixels as the inner loop, which compiles to vector
+instructions; statistics get one slot per (tile, splat) pair and are summed afterwards in a fixed
+order. No atomics: the same result with any number of threads. Memory is O(splats + pairs).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from gencompress_kernels import jit
+from gencompress_kernels.rasterize_splats.reference import (
+    BLUR,
+    FRUSTUM_MARGIN,
+    MAX_ALPHA,
+    MIN_ALPHA,
+    MIN_COMPENSATION,
+    MIN_DETERMINANT,
+    MIN_TRANSMITTANCE,
+    NEAR,
+)
+
+TILE = 16
+PIXELS = TILE * TILE
+# columns of a splat's record
+X, Y, A, B, C, OPACITY, RED, GREEN, BLUE, DEPTH, REACH_X, REACH_Y, LIMIT = range(13)
+RECORD = 16  # floats: a cache line
+
+f32 = np.float32
+_LN_255 = math.log(255.0)
+# Minimax polynomial of exp on [-0.7, 0] (relative error 2e-9): exp(x) = p(x / 8)^8, and no splat
+# reaches a pixel with q above ln 255 = 5.54. In float32 the eighth power leaves 1.7e-6.
+E1, E2, E3, E4, E5, E6 = (
+    f32(0.999999822270412),
+    f32(0.49999532975875227),
+    f32(0.1666250388964751),
+    f32(0.04149321691603158),
+    f32(0.007960481187908486),
+    f32(0.000979642150293579),
+)
+
+
+def forward(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    background: Tensor,
+    antialiased: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One camera, float32. Returns colours, alphas, depths and statistics as the reference."""
+    records = _records(
+        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased
+    )
+    order, offsets, pairs = tile_lists(records, width, height)
+    planes = np.empty((len(order), 5, PIXELS), f32)
+    slots = np.empty((len(pairs) if statistics else 0, 4), f32)
+    _blend(records, order, offsets, pairs, width, height, planes, slots, statistics)
+    totals = np.zeros((means.shape[0] if statistics else 0, 4), f32)
+    _sum_slots(pairs, slots, totals)
+    colors = np.empty((height, width, 3), f32)
+    alphas = np.empty((height, width), f32)
+    depths = np.empty((height, width), f32)
+    _untile(planes, background.numpy(), colors, alphas, depths)
+    return tuple(torch.from_numpy(array) for array in (colors, alphas, depths, totals))
+
+
+def removal_errors(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+) -> Tensor:
+    """One camera, float32. Returns [N] as the reference."""
+    records = _records(
+        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased
+    )
+    order, offsets, pairs = tile_lists(records, width, height)
+    planes = np.empty((len(order), 5, PIXELS), f32)
+    _blend(records, order, offsets, pairs, width, height, planes, np.empty((0, 4), f32), False)
+    slots = np.empty((len(pairs), 1), f32)
+    none = np.empty((0, 4, PIXELS), f32)
+    _pair_changes(records, order, offsets, pairs, width, height, planes, none, slots)
+    totals = np.zeros((means.shape[0], 1))
+    _sum_changes(pairs, slots, totals)
+    return torch.from_numpy(totals[:, 0].astype(f32))
+
+
+def corrections(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+    colors: Tensor,
+    alphas: Tensor,
+) -> Tensor:
+    """One camera, float32. Returns [N, 6] as the reference."""
+    records = _records(
+        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased
+    )
+    order, offsets, pairs = tile_lists(records, width, height)
+    planes = np.empty((len(order), 5, PIXELS), f32)
+    _blend(records, order, offsets, pairs, width, height, planes, np.empty((0, 4), f32), False)
+    residuals = np.zeros((len(order), 4, PIXELS), f32)
+    _residuals(planes, colors.numpy(), alphas.numpy(), residuals)
+    slots = np.empty((len(pairs), 6), f32)
+    _pair_changes(records, order, offsets, pairs, width, height, planes, residuals, slots)
+    totals = np.zeros((means.shape[0], 6))
+    _sum_changes(pairs, slots, totals)
+    return torch.from_numpy(totals.astype(f32))
+
+
+def tile_lists(
+    records: np.ndarray, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which splats each tile blends, nearest first.
+
+    Returns the order in which workers take the tiles, int32 [tiles]; offsets, int64 [tiles + 1];
+    and pairs, int32: tile t blends pairs[offsets[t]:offsets[t + 1]].
+    """
+    tiles_x, tiles_y = -(-width // TILE), -(-height // TILE)
+    workers = min(numba.get_num_threads() * 4, tiles_y)
+    bands = np.linspace(0, tiles_y, workers + 1).astype(np.int64)
+    nearest = _sort_by_depth(records)
+    counts = np.zeros(tiles_x * tiles_y + 1, np.int64)
+    _count_pairs(records, nearest, bands, tiles_x, counts)
+    offsets = np.zeros(len(counts), np.int64)
+    np.cumsum(counts[:-1], out=offsets[1:])
+    pairs = np.empty(offsets[-1], np.int32)
+    _fill_pairs(records, nearest, bands, tiles_x, offsets[:-1].copy(), pairs)
+    return _deal(counts[:-1]), offsets, pairs
+
+
+def _records(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+) -> np.ndarray:
+    if means.dtype != torch.float32:
+        raise ValueError(f"the cpu backend takes float32, got {means.dtype}")
+    records = np.empty((means.shape[0], RECORD), f32)
+    view = viewmat.numpy()
+    position = (-viewmat[:3, :3].T.double() @ viewmat[:3, 3].double()).float().numpy()
+    _project(
+        means.numpy(), quats.numpy(), scales.numpy(), opacities.numpy(), sh.numpy(), view,
+        intrinsics.numpy(), position, width, height, antialiased, records,
+    )  # fmt: skip
+    return records
+
+
+def _deal(counts: np.ndarray) -> np.ndarray:
+    """Tiles in the order workers take them: numba hands each thread one contiguous part, so the
+    long tiles are dealt out like cards."""
+    threads = numba.get_num_threads()
+    longest = np.argsort(-counts, kind="stable").astype(np.int32)
+    return np.concatenate([longest[start::threads] for start in range(threads)])
+
+
+@jit.parallel
+def _project(
+    means, quats, scales, opacities, sh, view, lens, position, width, height, antialiased, records
+):
+    fx, fy, cx, cy = lens[0, 0], lens[1, 1], lens[0, 2], lens[1, 2]
+    margin_x = f32(FRUSTUM_MARGIN) * f32(0.5) * width / fx
+    margin_y = f32(FRUSTUM_MARGIN) * f32(0.5) * height / fy
+    low_x, high_x = -cx / fx - margin_x, (width - cx) / fx + margin_x
+    low_y, high_y = -cy / fy - margin_y, (height - cy) / fy + margin_y
+    bands = sh.shape[1]
+    for n in numba.prange(means.shape[0]):
+        r = records[n]
+        r[OPACITY] = f32(0.0)
+        mx, my, mz = means[n, 0], means[n, 1], means[n, 2]
+        z = view[2, 0] * mx + view[2, 1] * my + view[2, 2] * mz + view[2, 3]
+        if z < f32(NEAR):
+            continue
+        x = view[0, 0] * mx + view[0, 1] * my + view[0, 2] * mz + view[0, 3]
+        y = view[1, 0] * mx + view[1, 1] * my + view[1, 2] * mz + view[1, 3]
+
+        qw, qx, qy, qz = quats[n, 0], quats[n, 1], quats[n, 2], quats[n, 3]
+        norm = math.sqrt(qw * qw + qx * qx + qy * qy + qz * qz)
+        if norm < f32(1e-12):
+            norm = f32(1e-12)
+        qw, qx, qy, qz = qw / norm, qx / norm, qy / norm, qz / norm
+        one, two = f32(1.0), f32(2.0)
+        iz = one / z
+        tx = z * min(max(x * iz, low_x), high_x)
+        ty = z * min(max(y * iz, low_y), high_y)
+        jx0, jx2 = fx * iz, -fx * tx * iz * iz
+        jy1, jy2 = fy * iz, -fy * ty * iz * iz
+        # rows of J R: screen axes seen in the world
+        ux = jx0 * view[0, 0] + jx2 * view[2, 0]
+        uy = jx0 * view[0, 1] + jx2 * view[2, 1]
+        uz = jx0 * view[0, 2] + jx2 * view[2, 2]
+        vx = jy1 * view[1, 0] + jy2 * view[2, 0]
+        vy = jy1 * view[1, 1] + jy2 * view[2, 1]
+        vz = jy1 * view[1, 2] + jy2 * view[2, 2]
+        sxx, sxy, syy = f32(0.0), f32(0.0), f32(0.0)
+        for axis in range(3):
+            if axis == 0:
+                ax = one - two * (qy * qy + qz * qz)
+                ay = two * (qx * qy + qw * qz)
+                az = two * (qx * qz - qw * qy)
+            elif axis == 1:
+                ax = two * (qx * qy - qw * qz)
+                ay = one - two * (qx * qx + qz * qz)
+                az = two * (qy * qz + qw * qx)
+            else:
+                ax = two * (qx * qz + qw * qy)
+                ay = two * (qy * qz - qw * qx)
+                az = one - two * (qx * qx + qy * qy)
+            s = scales[n, axis]
+            pu = (ux * ax + uy * ay + uz * az) * s
+            pv = (vx * ax + vy * ay + vz * az) * s
+            sxx += pu * pu
+            sxy += pu * pv
+            syy += pv * pv
+        sharp = sxx * syy - sxy * sxy
+        sxx += f32(BLUR)
+        syy += f32(BLUR)
+        det = max(sxx * syy - sxy * sxy, f32(MIN_DETERMINANT))
+        opacity = opacities[n]
+        if antialiased:
+            opacity *= math.sqrt(max(sharp / det, f32(MIN_COMPENSATION * MIN_COMPENSATION)))
+        if opacity < f32(MIN_ALPHA):
+            continue
+        limit = f32(2.0) * (math.log(opacity) + f32(_LN_255))
+        reach_x = math.sqrt(limit * sxx)
+        reach_y = math.sqrt(limit * syy)
+        px, py = fx * x * iz + cx, fy * y * iz + cy
+        if px + reach_x < 0 or px - reach_x > width or py + reach_y < 0 or py - reach_y > height:
+            continue
+
+        dx, dy, dz = mx - position[0], my - position[1], mz - position[2]
+        length = max(math.sqrt(dx * dx + dy * dy + dz * dz), f32(1e-12))
+        dx, dy, dz = dx / length, dy / length, dz / length
+        r[X], r[Y] = px, py
+        r[A], r[B], r[C] = syy / det, -sxy / det, sxx / det
+        r[OPACITY] = opacity
+        r[DEPTH] = z
+        r[REACH_X], r[REACH_Y], r[LIMIT] = reach_x, reach_y, limit
+        for channel in range(3):
+            r[RED + channel] = max(_sh_color(sh[n], channel, bands, dx, dy, dz), f32(0.0))
+
+
+@jit.inline
+def _sh_color(sh, i, bands, x, y, z):
+    color = f32(0.5) + f32(0.28209479177387814) * sh[0, i]
+    if bands > 1:
+        color += f32(0.4886025119029199) * (z * sh[2, i] - y * sh[1, i] - x * sh[3, i])
+    if bands > 4:
+        xx, yy, zz = x * x, y * y, z * z
+        color += (
+            f32(1.0925484305920792) * (x * y * sh[4, i] - y * z * sh[5, i] - x * z * sh[7, i])
+            + f32(0.31539156525252005) * (f32(2.0) * zz - xx - yy) * sh[6, i]
+            + f32(0.5462742152960396) * (xx - yy) * sh[8, i]
+        )
+    if bands > 9:
+        xx, yy, zz = x * x, y * y, z * z
+        ring = f32(0.4570457994644658) * (f32(4.0) * zz - xx - yy)
+        color += (
+            f32(0.3731763325901154) * z * (f32(2.0) * zz - f32(3.0) * (xx + yy)) * sh[12, i]
+            - ring * (y * sh[11, i] + x * sh[13, i])
+            + f32(2.890611442640554) * x * y * z * sh[10, i]
+            + f32(1.445305721320277) * z * (xx - yy) * sh[14, i]
+            - f32(0.5900435899266435)
+            * (y * (f32(3.0) * xx - yy) * sh[9, i] + x * (xx - f32(3.0) * yy) * sh[15, i])
+        )
+    return color
+
+
+@jit.serial
+def _sort_by_depth(records):
+    """Indices of the splats that survived culling, nearest first, equal depths in index order:
+    a radix sort of the bits of the depth, which is positive."""
+    num = 0
+    for n in range(records.shape[0]):
+        if records[n, OPACITY] > f32(0.0):
+            num += 1
+    depth = np.empty(num, f32)
+    index = np.empty(num, np.int32)
+    at = 0
+    for n in range(records.shape[0]):
+        if records[n, OPACITY] > f32(0.0):
+            depth[at] = records[n, DEPTH]
+            index[at] = n
+            at += 1
+    keys = depth.view(np.uint32)
+    other_keys = np.empty(num, np.uint32)
+    other = np.empty(num, np.int32)
+    for shift in (0, 11, 22):
+        starts = np.zeros(2049, np.int64)
+        for i in range(num):
+            starts[((keys[i] >> np.uint32(shift)) & np.uint32(2047)) + 1] += 1
+        for digit in range(2048):
+            starts[digit + 1] += starts[digit]
+        for i in range(num):
+            digit = (keys[i] >> np.uint32(shift)) & np.uint32(2047)
+            to = starts[digit]
+            starts[digit] = to + 1
+            other_keys[to] = keys[i]
+            other[to] = index[i]
+        keys, other_keys = other_keys, keys
+        index, other = other, index
+    return index
+
+
+@jit.inline
+def _tiles_in_row(r, row, tiles_x):
+    """First and last + 1 tile of a row of tiles that the ellipse q = LIMIT / 2 enters.
+
+    The right edge of the ellipse is a concave function of y, so over the row's band it is largest
+    at the y nearest to that of the rightmost point; the left edge mirrors it.
+    """
+    top = f32(row * TILE) - r[Y]
+    bottom = top + f32(TILE)
+    a, b, c, limit = r[A], r[B], r[C], r[LIMIT]
+    # y of the rightmost point, relative to the centre: reach_x * sxy / sxx, and sxy / sxx = -b / c
+    tip = -b / c * r[REACH_X]
+    at = min(max(tip, top), bottom)
+    right = (-b * at + math.sqrt(max(b * b * at * at - a * (c * at * at - limit), f32(0.0)))) / a
+    at = min(max(-tip, top), bottom)
+    left = (-b * at - math.sqrt(max(b * b * at * at - a * (c * at * at - limit), f32(0.0)))) / a
+    # a hundredth of a pixel for the rounding of centre and conic
+    first = int(math.floor((r[X] + left - f32(0.01)) / f32(TILE)))
+    last = int(math.floor((r[X] + right + f32(0.01)) / f32(TILE))) + 1
+    return max(first, 0), min(last, tiles_x)
+
+
+@jit.parallel
+def _count_pairs(records, nearest, bands, tiles_x, counts):
+    for worker in numba.prange(len(bands) - 1):
+        first_row, last_row = bands[worker], bands[worker + 1]
+        for i in range(len(nearest)):
+            r = records[nearest[i]]
+            low = int(math.floor((r[Y] - r[REACH_Y] - f32(0.01)) / f32(TILE)))
+            high = int(math.floor((r[Y] + r[REACH_Y] + f32(0.01)) / f32(TILE))) + 1
+            for row in range(max(low, first_row), min(high, last_row)):
+                first, last = _tiles_in_row(r, row, tiles_x)
+                for tile in range(row * tiles_x + first, row * tiles_x + last):
+                    counts[tile] += 1
+
+
+@jit.parallel
+def _fill_pairs(records, nearest, bands, tiles_x, cursor, pairs):
+    for worker in numba.prange(len(bands) - 1):
+        first_row, last_row = bands[worker], bands[worker + 1]
+        for i in range(len(nearest)):
+            n = nearest[i]
+            r = records[n]
+            low = int(math.floor((r[Y] - r[REACH_Y] - f32(0.01)) / f32(TILE)))
+            high = int(math.floor((r[Y] + r[REACH_Y] + f32(0.01)) / f32(TILE))) + 1
+            for row in range(max(low, first_row), min(high, last_row)):
+                first, last = _tiles_in_row(r, row, tiles_x)
+                for tile in range(row * tiles_x + first, row * tiles_x + last):
+                    pairs[cursor[tile]] = n
+                    cursor[tile] += 1
+
+
+@jit.inline
+def _alpha(r, dy, row_b, x0, x):
+    """Alpha of a splat at one pixel, 0 below 1/255. dy = centre - pixel, row_b = b * dy."""
+    dx = r[X] - (x0 + f32(x))
+    q = f32(0.5) * (r[A] * dx * dx + r[C] * dy * dy) + row_b * dx
+    # beyond q = 5.6 alpha is under 1/255 whatever the opacity, and the polynomial is not exp
+    t = min(max(q, f32(0.0)), f32(5.6)) * f32(-0.125)
+    e = f32(1.0) + t * (E1 + t * (E2 + t * (E3 + t * (E4 + t * (E5 + t * E6)))))
+    e *= e
+    e *= e
+    e *= e
+    alpha = min(r[OPACITY] * e, f32(MAX_ALPHA))
+    return alpha if alpha >= f32(MIN_ALPHA) else f32(0.0)
+
+
+@jit.parallel
+def _blend(records, order, offsets, pairs, width, height, planes, slots, statistics):
+    """Fills planes [tiles, 5, 256] (red, green, blue, transmittance, depth) and, for statistics,
+    slots [pairs, 4]. A finished pixel keeps its transmittance with the sign turned."""
+    tiles_x = (width + TILE - 1) // TILE
+    for i in numba.prange(len(order)):
+        tile = order[i]
+        x0 = f32((tile % tiles_x) * TILE) + f32(0.5)
+        y0 = f32((tile // tiles_x) * TILE) + f32(0.5)
+        plane = planes[tile]
+        plane[:] = f32(0.0)
+        _open_pixels(plane[3], x0, y0, width, height)
+        red, green, blue, left, depth = plane[0], plane[1], plane[2], plane[3], plane[4]
+        weights = np.zeros(TILE, f32)
+        best = np.zeros(PIXELS, f32)
+        winner = np.full(PIXELS, -1, np.int64)
+        alive = np.ones(TILE, np.uint8)
+        num_alive = TILE
+        start, end = offsets[tile], offsets[tile + 1]
+        for p in range(start, end):
+            if num_alive == 0:
+                end = p
+                break
+            r = records[pairs[p]]
+            cr, cg, cb, z = r[RED], r[GREEN], r[BLUE], r[DEPTH]
+            total, largest, touched = f32(0.0), f32(0.0), f32(0.0)
+            for row in range(_first_row(r, y0), _last_row(r, y0)):
+                if alive[row] == 0:
+                    continue
+                dy = r[Y] - (y0 + f32(row))
+                bend = r[B] * dy
+                lift = f32(0.5) * r[C] * dy * dy
+                base = row * TILE
+                most = f32(-1.0)
+                for x in range(TILE):
+                    t = left[base + x]
+                    alpha = _alpha(r, bend, lift, x0 + f32(x))
+                    alpha = alpha if t > f32(0.0) else f32(0.0)
+                    after = t * (f32(1.0) - alpha)
+                    stop = (after <= f32(MIN_TRANSMITTANCE)) & (t > f32(0.0))
+                    w = f32(0.0) if stop else alpha * t
+                    after = -t if stop else after
+                    left[base + x] = after
+                    red[base + x] += w * cr
+                    green[base + x] += w * cg
+                    blue[base + x] += w * cb
+                    depth[base + x] += w * z
+                    weights[x] = w
+                    most = max(most, after)
+                if most <= f32(0.0):
+                    alive[row] = 0
+                    num_alive -= 1
+                if statistics:
+                    for x in range(TILE):
+                        w = weights[x]
+                        total += w
+                        largest = max(largest, w)
+                        touched += f32(1.0) if w > f32(0.0) else f32(0.0)
+                        wins = w > best[base + x]
+                        best[base + x] = w if wins else best[base + x]
+                        winner[base + x] = p if wins else winner[base + x]
+            if statistics:
+                slots[p, 0], slots[p, 1], slots[p, 2] = total, largest, touched
+                slots[p, 3] = f32(0.0)
+        if statistics:
+            slots[end : offsets[tile + 1]] = f32(0.0)
+            for x in range(PIXELS):
+                if winner[x] >= 0:
+                    slots[winner[x], 3] += f32(1.0)
+        for x in range(PIXELS):
+            left[x] = abs(left[x])
+
+
+@jit.inline
+def _open_pixels(left, x0, y0, width, height):
+    """Transmittance 1 inside the picture; beyond it stays 0 and is never blended."""
+    for row in range(TILE):
+        for x in range(TILE):
+            if x0 + f32(x) < width and y0 + f32(row) < height:
+                left[row * TILE + x] = f32(1.0)
+
+
+@jit.inline
+def _first_row(r, y0):
+    return max(int(math.ceil(r[Y] - r[REACH_Y] - y0 - f32(0.01))), 0)
+
+
+@jit.inline
+def _last_row(r, y0):
+    return min(int(math.floor(r[Y] + r[REACH_Y] - y0 + f32(0.01))) + 1, TILE)
+
+
+@jit.inline
+def _alpha(r, bend, lift, x):
+    """Alpha of a splat at column x, 0 below 1/255; bend = b dy and lift = c dy^2 / 2 of the row."""
+    dx = r[X] - x
+    q = dx * (f32(0.5) * r[A] * dx + bend) + lift
+    # beyond q = 5.6 alpha is under 1/255 whatever the opacity, and the polynomial is not exp
+    t = min(max(q, f32(0.0)), f32(5.6)) * f32(-0.125)
+    e = f32(1.0) + t * (E1 + t * (E2 + t * (E3 + t * (E4 + t * (E5 + t * E6)))))
+    e *= e
+    e *= e
+    e *= e
+    alpha = min(r[OPACITY] * e, f32(MAX_ALPHA))
+    return alpha if alpha >= f32(MIN_ALPHA) else f32(0.0)
+
+
+@jit.parallel
+def _pair_changes(records, order, offsets, pairs, width, height, planes, residuals, slots):
+    """Fills slots [pairs, 1]: squared change of colour if the splat alone were missing from the
+    tile; with residuals [tiles, 4, 256], slots [pairs, 6] (see `corrections`).
+
+    Walks the lists again, now knowing the final picture, so what lies behind a splat is the
+    picture minus what was blended so far.
+    """
+    tiles_x = (width + TILE - 1) // TILE
+    correcting = len(residuals) > 0
+    for i in numba.prange(len(order)):
+        tile = order[i]
+        x0 = f32((tile % tiles_x) * TILE) + f32(0.5)
+        y0 = f32((tile // tiles_x) * TILE) + f32(0.5)
+        behind = planes[tile].copy()
+        red, green, blue, last = behind[0], behind[1], behind[2], behind[3]
+        missing = residuals[tile if correcting else 0 : tile + 1 if correcting else 0]
+        left = np.zeros(PIXELS, f32)
+        _open_pixels(left, x0, y0, width, height)
+        row_values = np.zeros((5, TILE), f32)
+        weights, to_red, to_green, to_blue, leaks = (
+            row_values[0], row_values[1], row_values[2], row_values[3], row_values[4],
+        )  # fmt: skip
+        alive = np.ones(TILE, np.uint8)
+        num_alive = TILE
+        start, end = offsets[tile], offsets[tile + 1]
+        for p in range(start, end):
+            if num_alive == 0:
+                end = p
+                break
+            r = records[pairs[p]]
+            cr, cg, cb = r[RED], r[GREEN], r[BLUE]
+            total, weight = f32(0.0), f32(0.0)
+            sum_red, sum_green, sum_blue, along = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
+            for row in range(_first_row(r, y0), _last_row(r, y0)):
+                if alive[row] == 0:
+                    continue
+                dy = r[Y] - (y0 + f32(row))
+                bend = r[B] * dy
+                lift = f32(0.5) * r[C] * dy * dy
+                base = row * TILE
+                most = f32(-1.0)
+                for x in range(TILE):
+                    t = left[base + x]
+                    alpha = _alpha(r, bend, lift, x0 + f32(x))
+                    alpha = alpha if t > f32(0.0) else f32(0.0)
+                    after = t * (f32(1.0) - alpha)
+                    stop = (after <= f32(MIN_TRANSMITTANCE)) & (t > f32(0.0))
+                    alpha = f32(0.0) if stop else alpha
+                    after = -t if stop else after
+                    w = alpha * max(t, f32(0.0))
+                    left[base + x] = after
+                    gain = alpha / (f32(1.0) - alpha)
+                    red[base + x] -= w * cr
+                    green[base + x] -= w * cg
+                    blue[base + x] -= w * cb
+                    leak = gain * last[base + x]
+                    dr = gain * red[base + x] - w * cr
+                    dg = gain * green[base + x] - w * cg
+                    db = gain * blue[base + x] - w * cb
+                    # the mean over black and white of the squared change
+                    total += dr * dr + dg * dg + db * db + leak * (dr + dg + db + f32(1.5) * leak)
+                    most = max(most, after)
+                    weights[x], leaks[x] = w, leak
+                    to_red[x], to_green[x], to_blue[x] = dr, dg, db
+                if most <= f32(0.0):
+                    alive[row] = 0
+                    num_alive -= 1
+                if correcting:
+                    miss = missing[0]
+                    for x in range(TILE):
+                        w, leak = weights[x], leaks[x]
+                        mr, mg = miss[0, base + x], miss[1, base + x]
+                        mb, ml = miss[2, base + x], miss[3, base + x]
+                        weight += w
+                        sum_red += w * (mr + f32(0.5) * ml)
+                        sum_green += w * (mg + f32(0.5) * ml)
+                        sum_blue += w * (mb + f32(0.5) * ml)
+                        along += to_red[x] * mr + to_green[x] * mg + to_blue[x] * mb
+                        along += f32(0.5) * leak * (mr + mg + mb + f32(3.0) * ml)
+                        along += f32(0.5) * ml * (to_red[x] + to_green[x] + to_blue[x])
+            slots[p, 0] = total
+            if correcting:
+                slots[p, 1], slots[p, 2] = along, weight
+                slots[p, 3], slots[p, 4], slots[p, 5] = sum_red, sum_green, sum_blue
+        slots[end : offsets[tile + 1]] = f32(0.0)
+
+
+@jit.serial
+def _sum_slots(pairs, slots, totals):
+    for p in range(slots.shape[0]):
+        n = pairs[p]
+        totals[n, 0] += slots[p, 0]
+        totals[n, 1] = max(totals[n, 1], slots[p, 1])
+        totals[n, 2] += slots[p, 2]
+        totals[n, 3] += slots[p, 3]
+
+
+@jit.serial
+def _sum_changes(pairs, slots, totals):
+    for p in range(slots.shape[0]):
+        for k in range(slots.shape[1]):
+            totals[pairs[p], k] += slots[p, k]
+
+
+@jit.parallel
+def _residuals(planes, colors, alphas, residuals):
+    """Wanted minus present: colour over black, and transmittance."""
+    height, width = alphas.shape
+    tiles_x = (width + TILE - 1) // TILE
+    for y in numba.prange(height):
+        first = (y // TILE) * tiles_x
+        inside = (y % TILE) * TILE
+        for x in range(width):
+            plane, out = planes[first + x // TILE], residuals[first + x // TILE]
+            at = inside + x % TILE
+            for k in range(3):
+                out[k, at] = colors[y, x, k] - plane[k, at]
+            out[3, at] = f32(1.0) - alphas[y, x] - plane[3, at]
+
+
+@jit.parallel
+def _untile(planes, background, colors, alphas, depths):
+    height, width = alphas.shape
+    tiles_x = (width + TILE - 1) // TILE
+    for y in numba.prange(height):
+        first = (y // TILE) * tiles_x
+        inside = (y % TILE) * TILE
+        for x in range(width):
+            plane = planes[first + x // TILE]
+            at = inside + x % TILE
+            left = plane[3, at]
+            colors[y, x, 0] = plane[0, at] + left * background[0]
+            colors[y, x, 1] = plane[1, at] + left * background[1]
+            colors[y, x, 2] = plane[2, at] + left * background[2]
+            alphas[y, x] = f32(1.0) - left
+            depths[y, x] = plane[4, at]

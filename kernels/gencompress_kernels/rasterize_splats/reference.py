@@ -1,0 +1,266 @@
+"""Splat rasterisation in readable torch: the definition of correct, on any device and float dtype.
+
+Legend: N splats, K spherical harmonics, P pixels of a chunk, M splats that survive culling.
+Constants are those of gsplat and of the original 3D Gaussian splatting code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEAR = 0.01  # splats closer than this, in world units along z, are culled
+BLUR = 0.3  # px^2 added to the projected covariance: a pixel is not a point
+FRUSTUM_MARGIN = 0.3  # of tan(half field of view): limit of x/z and y/z inside the Jacobian
+MIN_DETERMINANT = 1e-10
+MIN_COMPENSATION = 0.005  # of opacity, when antialiased
+MIN_ALPHA = 1.0 / 255.0  # below, a splat does not touch the pixel
+MAX_ALPHA = 0.99
+MIN_TRANSMITTANCE = 1e-4  # the splat that would pass it is not blended, nor any behind it
+CHUNK_PAIRS = 1 << 22  # pixel-splat pairs held at once
+
+
+def forward(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    background: Tensor,
+    antialiased: bool,
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One camera. Returns colours [H, W, 3], alphas [H, W], depths [H, W], statistics [N, 4]."""
+    splats = project(
+        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased
+    )
+    num = means.shape[0] if statistics else 0
+    total = means.new_zeros(num)
+    largest = means.new_zeros(num)
+    count = means.new_zeros(num)
+    first = means.new_zeros(num)
+    colors, alphas, depths = [], [], []
+    for pixels in _pixel_chunks(width, height, splats["index"].shape[0], means):
+        weights, _, left = blend_weights(splats, pixels)
+        colors.append(weights @ splats["colors"] + left[:, None] * background)
+        alphas.append(1 - left)
+        depths.append(weights @ splats["depths"])
+        if statistics and weights.shape[1]:
+            index = splats["index"]
+            total.index_add_(0, index, weights.sum(0))
+            count.index_add_(0, index, (weights > 0).to(weights.dtype).sum(0))
+            largest[index] = torch.maximum(largest[index], weights.amax(0))
+            best, winner = weights.max(1)
+            hits = torch.bincount(winner[best > 0], minlength=weights.shape[1])
+            first.index_add_(0, index, hits.to(first.dtype))
+    return (
+        torch.cat(colors).reshape(height, width, 3),
+        torch.cat(alphas).reshape(height, width),
+        torch.cat(depths).reshape(height, width),
+        torch.stack([total, largest, count, first], -1),
+    )
+
+
+def removal_errors(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+) -> Tensor:
+    """One camera. Returns [N]: see the public function for the derivation."""
+    picture = means.new_zeros(height, width, 3), means.new_zeros(height, width)
+    return corrections(
+        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased,
+        *picture,
+    )[:, 0]  # fmt: skip
+
+
+def corrections(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+    colors: Tensor,
+    alphas: Tensor,
+) -> Tensor:
+    """One camera. Returns [N, 6]: see the public function for the derivation."""
+    splats = project(
+        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased
+    )
+    sums = means.new_zeros(means.shape[0], 6)
+    chunks = _pixel_chunks(width, height, splats["index"].shape[0], means)
+    sizes = [len(chunk) for chunk in chunks]
+    wanted = zip(colors.reshape(-1, 3).split(sizes), alphas.flatten().split(sizes), strict=True)
+    for pixels, (color, alpha) in zip(chunks, wanted, strict=True):
+        weights, strengths, left = blend_weights(splats, pixels)
+        shares = weights[..., None] * splats["colors"]
+        behind = shares.flip(1).cumsum(1).flip(1) - shares
+        gain = (strengths / (1 - strengths))[..., None]
+        touched = (weights > 0)[..., None]
+        on_black = (gain * behind - shares) * touched
+        on_white = on_black + gain * left[:, None, None] * touched
+        miss_black = (color - shares.sum(1))[:, None, :]
+        miss_white = miss_black + (1 - alpha - left)[:, None, None]
+        mean_miss = 0.5 * (miss_black + miss_white)
+        values = [
+            0.5 * (on_black.square() + on_white.square()).sum(-1),
+            0.5 * (on_black * miss_black + on_white * miss_white).sum(-1),
+            weights,
+            *(weights[..., None] * mean_miss).unbind(-1),
+        ]
+        sums.index_add_(0, splats["index"], torch.stack(values, -1).sum(0))
+    return sums
+
+
+def project(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor,
+    viewmat: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+) -> dict[str, Tensor]:
+    """Splats in front of the camera, nearest first (equal depths: lower index first).
+
+    Returns index [M], centers [M, 2] px, conics [M, 3], opacities [M], depths [M], colors [M, 3].
+    """
+    rotation, translation = viewmat[:3, :3], viewmat[:3, 3]
+    camera_points = means @ rotation.T + translation
+    index = torch.nonzero(camera_points[:, 2] >= NEAR).squeeze(1)
+    index = index[torch.argsort(camera_points[index, 2], stable=True)]
+    x, y, z = camera_points[index].unbind(-1)
+
+    axes = rotation @ rotation_matrices(quats[index])
+    half = axes * scales[index, None, :]
+    covariance = half @ half.transpose(1, 2)
+
+    fx, fy, cx, cy = intrinsics[0, 0], intrinsics[1, 1], intrinsics[0, 2], intrinsics[1, 2]
+    margin_x, margin_y = FRUSTUM_MARGIN * 0.5 * width / fx, FRUSTUM_MARGIN * 0.5 * height / fy
+    tx = z * (x / z).clamp(-cx / fx - margin_x, (width - cx) / fx + margin_x)
+    ty = z * (y / z).clamp(-cy / fy - margin_y, (height - cy) / fy + margin_y)
+    zero = torch.zeros_like(z)
+    jacobian = torch.stack(
+        [
+            torch.stack([fx / z, zero, -fx * tx / z**2], -1),
+            torch.stack([zero, fy / z, -fy * ty / z**2], -1),
+        ],
+        -2,
+    )
+    flat = jacobian @ covariance @ jacobian.transpose(1, 2)
+    sxx, sxy, syy = flat[:, 0, 0], flat[:, 0, 1], flat[:, 1, 1]
+    sharp = sxx * syy - sxy * sxy
+    sxx, syy = sxx + BLUR, syy + BLUR
+    determinant = (sxx * syy - sxy * sxy).clamp_min(MIN_DETERMINANT)
+    opacity = opacities[index]
+    if antialiased:
+        opacity = opacity * (sharp / determinant).clamp_min(MIN_COMPENSATION**2).sqrt()
+
+    position = -rotation.T @ translation
+    directions = torch.nn.functional.normalize(means[index] - position, dim=-1)
+    return {
+        "index": index,
+        "centers": torch.stack([fx * x / z + cx, fy * y / z + cy], -1),
+        "conics": torch.stack([syy, -sxy, sxx], -1) / determinant[:, None],
+        "opacities": opacity,
+        "depths": z,
+        "colors": sh_colors(sh[index], directions),
+    }
+
+
+def blend_weights(splats: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Front-to-back compositing at pixel centres [P, 2].
+
+    Returns weights [P, M] = alpha * transmittance (0 where not blended), alphas [P, M], and the
+    transmittance left behind all splats [P].
+    """
+    offset = splats["centers"] - pixels[:, None, :]
+    dx, dy = offset.unbind(-1)
+    a, b, c = splats["conics"].unbind(-1)
+    q = (0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy).clamp_min(0)
+    alphas = (splats["opacities"] * torch.exp(-q)).clamp_max(MAX_ALPHA)
+    alphas = torch.where(alphas < MIN_ALPHA, 0, alphas)
+    after = torch.cumprod(1 - alphas, 1)
+    before = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], 1)
+    alive = after > MIN_TRANSMITTANCE
+    left = torch.where(alive, after, 1).amin(1) if after.shape[1] else after.new_ones(len(after))
+    return torch.where(alive, alphas * before, 0), alphas, left
+
+
+def rotation_matrices(quats: Tensor) -> Tensor:
+    """[..., 4] w, x, y, z (any length) -> [..., 3, 3]."""
+    w, x, y, z = torch.nn.functional.normalize(quats, dim=-1).unbind(-1)
+    return torch.stack(
+        [
+            torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)], -1),
+            torch.stack([2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)], -1),
+            torch.stack([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1),
+        ],
+        -2,
+    )
+
+
+def sh_basis(directions: Tensor, degree: int) -> Tensor:
+    """Real spherical harmonics at unit directions [M, 3] -> [M, (degree + 1)^2].
+
+    Order and signs of the 3DGS file format: (y, z, x) in the first band, Condon-Shortley phase.
+    """
+    x, y, z = directions.unbind(-1)
+    basis = [torch.full_like(x, 0.28209479177387814)]
+    if degree > 0:
+        basis += [-0.4886025119029199 * y, 0.4886025119029199 * z, -0.4886025119029199 * x]
+    if degree > 1:
+        basis += [
+            1.0925484305920792 * x * y,
+            -1.0925484305920792 * y * z,
+            0.31539156525252005 * (2 * z * z - x * x - y * y),
+            -1.0925484305920792 * x * z,
+            0.5462742152960396 * (x * x - y * y),
+        ]
+    if degree > 2:
+        basis += [
+            -0.5900435899266435 * y * (3 * x * x - y * y),
+            2.890611442640554 * x * y * z,
+            -0.4570457994644658 * y * (4 * z * z - x * x - y * y),
+            0.3731763325901154 * z * (2 * z * z - 3 * x * x - 3 * y * y),
+            -0.4570457994644658 * x * (4 * z * z - x * x - y * y),
+            1.445305721320277 * z * (x * x - y * y),
+            -0.5900435899266435 * x * (x * x - 3 * y * y),
+        ]
+    return torch.stack(basis, -1)
+
+
+def sh_colors(sh: Tensor, directions: Tensor) -> Tensor:
+    """Colours [M, 3] of coefficients [M, K, 3] seen along unit directions [M, 3]."""
+    degree = {1: 0, 4: 1, 9: 2, 16: 3}[sh.shape[1]]
+    basis = sh_basis(directions, degree)
+    return (0.5 + (basis[:, :, None] * sh).sum(1)).clamp_min(0)
+
+
+def _pixel_chunks(width: int, height: int, num: int, like: Tensor) -> list[Tensor]:
+    ys, xs = torch.meshgrid(
+        torch.arange(height, device=like.device),
+        torch.arange(width, device=like.device),
+        indexing="ij",
+    )
+    centers = torch.stack([xs, ys], -1).reshape(-1, 2).to(like.dtype) + 0.5
+    return list(centers.split(max(1, CHUNK_PAIRS // max(1, num))))
