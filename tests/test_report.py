@@ -5,18 +5,15 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from report_samples import FIELDS, LOG, ROWS, make_artifact, splat
 
 from gencompress.files import FormatError
 from gencompress.report import text, write_report
 from gencompress.report.chart import Axis, Point, Series, line_chart
 from gencompress.report.page import recipe_listing
 from gencompress.report.rows import change, change_words, group_of
-
-sys.path.insert(0, str(Path(__file__).parent))
-from report_samples import FIELDS, LOG, ROWS, make_artifact, splat
 
 EVIL = "</script><script>alert('&\"')</script>"
 GPU = {"name": "NVIDIA H100", "cores": 132, "kind": "cuda"}

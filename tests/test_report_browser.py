@@ -1,16 +1,12 @@
 """The page of a report in a real browser: sliders, themes, sorting, the 3D view."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
-
-from gencompress.report import write_report
-
-sys.path.insert(0, str(Path(__file__).parent))
 from report_browser import browse, find_chromium
 from report_samples import LOG, make_artifact, splat
+
+from gencompress.report import write_report
 
 
 @pytest.fixture(scope="module")

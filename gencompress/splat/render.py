@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from gencompress_kernels.rasterize_splats import (
     Rendered,
@@ -40,7 +42,7 @@ def render(
     """One pinhole picture (lens distortion is ignored): colors [1, H, W, 3] and so on."""
     return rasterize_splats(
         **activate(cloud),
-        **_lens(cloud, camera),
+        **lens(cloud, camera),
         background=background,
         statistics=statistics,
         antialiased=cloud.antialiased,
@@ -50,11 +52,12 @@ def render(
 def removal_errors(cloud: SplatCloud, camera: Camera) -> Tensor:
     """[N] squared change of the picture if one splat alone were taken out."""
     return splat_removal_errors(
-        **activate(cloud), **_lens(cloud, camera), antialiased=cloud.antialiased
+        **activate(cloud), **lens(cloud, camera), antialiased=cloud.antialiased
     )[0]
 
 
-def _lens(cloud: SplatCloud, camera: Camera) -> dict[str, Tensor | int]:
+def lens(cloud: SplatCloud, camera: Camera) -> dict[str, Any]:
+    """The camera as the rasterizer takes it, a batch of one."""
     like = cloud.means
     return {
         "viewmats": camera.world_to_camera.to(like)[None],

@@ -234,7 +234,13 @@ def test_not_finite_is_dropped_or_refused(tmp_path, caplog, field, value):
         path.write_bytes(raw)
         with pytest.raises(FormatError, match=f"{len(rows)} of 6 splats"):
             read_splats(path, strict=True)
-        if len(rows) == 2:
+        if field == "opacity" and value in (float("inf"), -float("inf")):
+            back = read_splats(path)  # an infinite logit is an opacity of 1 or 0
+            wanted = cloud.opacities.clone()
+            wanted[list(rows)] = 16.0 if value > 0 else -16.0
+            assert torch.equal(back.opacities, wanted)
+            assert f"{len(rows)} infinite opacities" in caplog.text
+        elif len(rows) == 2:
             back = read_splats(path)
             assert torch.equal(back.means, cloud.means[[0, 1, 3, 5]])
             assert torch.equal(back.sh, cloud.sh[[0, 1, 3, 5]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from . import compressed_ply, dotsplat, ply, sog, spz
 from .ply_header import read_header
 
 log = logging.getLogger(__name__)
+
+LARGEST_LOGIT = 16.0  # its sigmoid is 1 in float32, to a rounding step
 
 # longest suffix first
 FORMATS = {
@@ -101,6 +104,12 @@ def read_splats(path: str | Path, *, strict: bool = False) -> SplatCloud:
 
 
 def _finite(path: Path, cloud: SplatCloud, strict: bool) -> SplatCloud:
+    endless = torch.isinf(cloud.opacities)
+    if not strict and endless.any():
+        # some writers store full and no opacity as +inf and -inf: a logit that means what it says
+        log.warning("%s: %d infinite opacities read as full or none", path, int(endless.sum()))
+        limited = cloud.opacities.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+        cloud = replace(cloud, opacities=torch.where(endless, limited, cloud.opacities))
     keep = _finite_rows(cloud)
     bad = len(cloud) - int(keep.sum()) if keep is not None else 0
     if keep is None or not bad:

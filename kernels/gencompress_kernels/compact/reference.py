@@ -1,4 +1,8 @@
-"""The definition: nonzero, and one index_select per tensor."""
+"""The definition: nonzero, and one index_select per tensor.
+
+There is no other CPU backend: both calls are bound by memory, and numba was measured slower (2
+cores, five arrays of 59 floats a row: 4 times at 20,000 rows, 1.3 times at 1,000,000).
+"""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,382 @@
+"""The command line: parsing, progress on stderr, results on stdout, exit codes. No maths."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import gencompress
+from gencompress.artifact import Artifact, model_path, read_artifact
+from gencompress.core.budget import parse_budget
+from gencompress.files import FormatError, writing
+from gencompress.measure import Measurement
+from gencompress.recipe import (
+    Recipe,
+    RecipeError,
+    apply_overrides,
+    from_dict,
+    read_recipe,
+    shipped_recipes,
+    to_dict,
+)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Makes generative models smaller and faster, and proves what that cost.",
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse files with values to drop.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+
+
+def main() -> None:
+    """Entry point. Exit 0: success; 1: a file or a run failed; 2: usage or a setting is wrong."""
+    try:
+        app()
+    except (RecipeError, FormatError, OSError, ValueError, RuntimeError) as problem:
+        err_console.print(f"error: {problem}", style="red", markup=False, highlight=False)
+        sys.exit(2 if isinstance(problem, RecipeError) else 1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
+    if version:
+        out_console.print(gencompress.__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    methods: Annotated[list[str] | None, typer.Argument(help="Methods; all if none.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for artifacts and report.")] = Path("demo"),
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every method on its embedded default, then write one report."""
+    from gencompress.report import write_report
+    from gencompress.run import METHODS, run
+
+    names = methods or list(METHODS)
+    for name in names:
+        _known_method(name)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out}: exists already; choose another --out or --overwrite")
+    out.mkdir(parents=True, exist_ok=True)
+    folders = []
+    for name in names:
+        recipe = read_recipe(shipped_recipes()[f"{name}-demo"])
+        with _progress(name, quiet) as say:
+            folders.append(run(recipe, out / name, overwrite=overwrite, progress=say).folder)
+    page = write_report(folders, out, title="gencompress demo", overwrite=overwrite)
+    for folder in folders:
+        _show(read_artifact(folder))
+    out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compress(
+    method: Annotated[str, typer.Argument(help="Method; see `gencompress list`.")],
+    target: Annotated[str | None, typer.Argument(help="Model file, or an embedded scene.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Artifact folder, or a model file.")] = None,
+    keep: Annotated[str | None, typer.Option(help="40%, 50k, 3MB, '40% bytes'")] = None,
+    min_psnr: Annotated[float, typer.Option(help="Smallest result that holds it, dB.")] = 0.0,
+    views: Annotated[str | None, typer.Option(help="Capture whose cameras to use.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe file, or a shipped one.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="name=value")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random choice.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict the size only.")] = False,
+    strict: Strict = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make one model smaller and measure what that cost."""
+    from gencompress.run import predict, run
+
+    _known_method(method)
+    plan = _plan(method, target, keep, min_psnr, views, recipe, settings, seed, device)
+    if dry_run:
+        found = predict(plan, strict=strict)
+        _print_values(found, as_json)
+        return
+    if out is None:
+        raise RecipeError("--out is missing: a folder for the artifact, or a model file")
+    with _progress(method, quiet) as say:
+        if out.suffix and not out.is_dir():
+            artifact, path = _to_file(run, plan, out, strict, overwrite, say)
+        else:
+            artifact = run(plan, out, strict=strict, overwrite=overwrite, progress=say)
+            path = model_path(artifact)
+    rows = [dataclasses.asdict(row) for row in artifact.measurements]
+    if as_json:
+        _print_values({"model": str(path), "measurements": rows}, True)
+    else:
+        _show(artifact)
+        out_console.print(f"model: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """Methods, shipped recipes and embedded scenes."""
+    from gencompress import scenes
+    from gencompress.run import METHODS
+
+    found = {
+        "methods": list(METHODS),
+        "recipes": {n: read_recipe(p).target for n, p in shipped_recipes().items()},
+        "scenes": scenes.names(),
+    }
+    _print_values(found, as_json)
+
+
+@app.command()
+def info(path: str, as_json: Json = False) -> None:
+    """What a model file, scene or artifact holds."""
+    from gencompress.run import inspect
+
+    _print_values(inspect(path), as_json)
+
+
+@app.command()
+def convert(source: str, out: Path, strict: Strict = False, overwrite: Overwrite = False) -> None:
+    """Change the format: .ply, .compressed.ply, .splat, .spz, .sog; or an artifact's model out."""
+    from gencompress import run
+
+    count = run.convert(source, out, strict=strict, overwrite=overwrite)
+    out_console.print(f"{out}: {count:,} splats", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sample(
+    path: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Pictures from the model of an artifact."""
+    from gencompress.run import reopen
+
+    package, _, data, model = reopen(read_artifact(path))
+    with writing(out, overwrite=overwrite) as part:
+        part.mkdir()
+        paths = package.sample(model, data, part)
+    out_console.print(f"{out}: {len(paths)} pictures", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def measure(
+    path: Annotated[Path, typer.Argument(help="Artifact folder.")], as_json: Json = False
+) -> None:
+    """Measure an artifact again, beside the stored numbers."""
+    from gencompress.run import measure_again
+
+    artifact = read_artifact(path)
+    stored = {row.name: row for row in artifact.measurements}
+    rows = measure_again(artifact)
+    if as_json:
+        _print_values({"measurements": [dataclasses.asdict(row) for row in rows]}, True)
+        return
+    table = Table("", "stored", "now", "")
+    for row in rows:
+        old = stored[row.name].after if row.name in stored else None
+        table.add_row(row.name, _number(old, row.unit), _number(row.after, row.unit),
+                      _verdict(old, row))  # fmt: skip
+    out_console.print(table)
+
+
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="Artifact folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, .md and .json.")],
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """One page over some artifacts."""
+    from gencompress.report import write_report
+
+    page = write_report(paths, out, title=title, overwrite=overwrite)
+    out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def backends(as_json: Json = False) -> None:
+    """Ops by backends, with the reason for each no."""
+    from gencompress_kernels import dispatch
+
+    devices = {"cuda": "cuda", "triton": "cuda"}
+    found = {
+        op: {
+            name: dispatch.why_not(op, name, devices.get(name, "cpu")) or "yes"
+            for name in dispatch.BACKENDS
+        }
+        for op in dispatch.OPS
+    }
+    if as_json:
+        _print_values(found, True)
+        return
+    table = Table("op", *dispatch.BACKENDS)
+    for op, row in found.items():
+        table.add_row(op, *row.values())
+    out_console.print(table)
+
+
+def _known_method(name: str) -> None:
+    from gencompress.run import METHODS
+
+    if name not in METHODS:
+        raise RecipeError(f"method {name!r}: known are {', '.join(METHODS)}")
+
+
+def _plan(
+    method: str,
+    target: str | None,
+    keep: str | None,
+    min_psnr: float,
+    views: str | None,
+    recipe: str | None,
+    settings: list[str] | None,
+    seed: int | None,
+    device: str | None,
+) -> Recipe:
+    """The recipe of the options: a recipe file first, then what the command line says."""
+    values: dict[str, Any] = {"method": method}
+    if recipe is not None:
+        base = read_recipe(shipped_recipes().get(recipe, Path(recipe)))
+        if base.method != method:
+            raise RecipeError(f"{recipe}: is for method {base.method!r}, not {method!r}")
+        values = to_dict(base)
+    for name, value in (("target", target), ("seed", seed), ("device", device)):
+        if value is not None:
+            values[name] = value
+    if keep is not None and min_psnr > 0:
+        raise RecipeError("--keep and --min-psnr: give one of them")
+    if keep is not None:
+        try:
+            parse_budget(keep)
+        except ValueError as problem:
+            raise RecipeError(f"--keep: {problem}") from None
+        values["budget"] = keep
+    if views is not None:
+        values["data"] = {**values.get("data", {}), "views": views}
+    if min_psnr > 0:
+        values["budget"] = "100%"
+        values["config"] = {**values.get("config", {}), "min_psnr": float(min_psnr)}
+    values.setdefault("budget", "50%")
+    if "target" not in values:
+        raise RecipeError("a target is missing: a model file, or an embedded scene")
+    return from_dict(apply_overrides(values, [_setting(s) for s in settings or []]))
+
+
+def _setting(text: str) -> str:
+    """`--set score=opacity` means config.score; a dotted name is taken as it is."""
+    known = ("seed", "device", "dtype", "target", "budget")
+    name = text.partition("=")[0].strip()
+    return text if "." in name or name in known else f"config.{text}"
+
+
+def _to_file(
+    run: Callable[..., Artifact],
+    plan: Recipe,
+    out: Path,
+    strict: bool,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> tuple[Artifact, Path]:
+    """Runs into a temporary artifact and keeps just the model."""
+    import shutil
+    import tempfile
+
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out}: exists already; choose another name or --overwrite")
+    if out.exists() and Path(plan.target).exists() and out.samefile(plan.target):
+        raise FileExistsError(f"{out}: input and output are the same file")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
+    suffix = "".join(out.suffixes[-2:]) if out.name.endswith(".compressed.ply") else out.suffix
+    plan = dataclasses.replace(plan, config={**plan.config, "format": suffix})
+    with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
+        artifact = run(plan, Path(folder) / "artifact", strict=strict, progress=say)
+        with writing(out, overwrite=overwrite) as part:
+            shutil.copyfile(model_path(artifact), part)
+    return artifact, out
+
+
+@contextlib.contextmanager
+def _progress(name: str, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """One changing line on a terminal; else a line for each new stage."""
+    began = time.monotonic()
+    if quiet:
+        yield lambda text: None
+    elif err_console.is_terminal:
+        with err_console.status(name) as status:
+            yield lambda text: status.update(f"{name} {time.monotonic() - began:4.0f} s  {text}")
+    else:
+        last = ""
+
+        def say(text: str) -> None:
+            nonlocal last
+            stage = text.partition(":")[0]
+            if stage != last:
+                last = stage
+                print(f"{name} {time.monotonic() - began:4.0f} s  {text}", file=sys.stderr)
+
+        yield say
+
+
+def _show(artifact: Artifact) -> None:
+    table = Table("", "before", "after", title=artifact.manifest["title"], title_justify="left")
+    for row in artifact.measurements:
+        table.add_row(row.name, _number(row.before, row.unit), _number(row.after, row.unit))
+    out_console.print(table)
+
+
+def _print_values(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, indent=2, default=str))
+        return
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}: {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        out_console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _number(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if unit == "B":
+        return f"{value / 1e6:.2f} MB"
+    if unit == "s" and value < 1:
+        return f"{1000 * value:.1f} ms"
+    if float(value).is_integer():
+        return f"{value:,.0f} {unit}"
+    return f"{value:.3f} {unit}" if value < 1 else f"{value:.2f} {unit}"
+
+
+def _verdict(old: float | None, row: Measurement) -> str:
+    """Times differ from run to run; anything else should not."""
+    if old is None or row.after is None:
+        return ""
+    if row.unit == "s":
+        return f"{row.after / old:.2f}x"
+    return "same" if abs(row.after - old) <= 1e-9 * max(1.0, abs(old)) else "DIFFERS"

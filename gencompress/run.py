@@ -1,0 +1,221 @@
+"""From a recipe to an artifact: the one loop that every method goes through."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gencompress.artifact import Artifact, model_path, write_artifact
+from gencompress.core.budget import parse_budget
+from gencompress.measure import Measurement
+from gencompress.recipe import Recipe, RecipeError, config_from
+from gencompress.scenes import resolve
+
+METHODS = {"splat": "gencompress.splat"}
+
+Progress = Callable[[str], None]
+
+
+def quiet(text: str) -> None:
+    """Progress nobody reads."""
+
+
+def method(name: str) -> ModuleType:
+    """The package of a method. Raises RecipeError for a name that is not in `METHODS`."""
+    if name not in METHODS:
+        raise RecipeError(f"method {name!r}: known are {', '.join(METHODS)}")
+    return importlib.import_module(METHODS[name])
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    title: str = "",
+    strict: bool = False,
+    overwrite: bool = False,
+    progress: Progress = quiet,
+) -> Artifact:
+    """Runs a recipe and writes its artifact to the folder `out`: whole or not at all.
+
+    What is measured is what was saved: the model is written, read back, and that is compared with
+    the input.
+
+    Raises:
+        RecipeError: a setting is wrong.
+        FormatError: an input file is.
+        FileExistsError: `out` exists and `overwrite` is False.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out}: exists already; choose another name or --overwrite")
+    package, config, generator = _prepare(recipe)
+    progress("loading")
+    target = resolve(recipe.target)
+    before, data = package.load(
+        str(target), recipe.data, recipe.device, recipe.dtype, config, strict
+    )
+    with tempfile.TemporaryDirectory(prefix="gencompress-") as work:
+        began = time.perf_counter()
+        result = package.compress(
+            before, data, recipe.budget, config, generator, Path(work), progress
+        )
+        seconds = time.perf_counter() - began
+        saved = Path(work) / "model"
+        saved.mkdir()
+        package.save(result, saved, config, data)
+        progress("measuring")
+        after = package.restore(saved)
+        rows = [
+            _file_size(target, saved),
+            *package.measure(before, after, data),
+            Measurement("compression time", None, seconds, "s", "lower"),
+        ]
+        progress("writing")
+        return write_artifact(
+            out,
+            recipe,
+            result,
+            rows,
+            save_model=lambda folder: shutil.copytree(saved, folder, dirs_exist_ok=True),
+            save_preview=lambda folder: package.preview(before, after, data, folder),
+            title=title or f"{target.name}, {recipe.method}",
+            criterion=str(recipe.config.get("score", "")),
+            digest=_digest(recipe),
+            overwrite=overwrite,
+        )
+
+
+def predict(recipe: Recipe, *, strict: bool = False) -> dict[str, Any]:
+    """What `run` would deliver, without the work: for `--dry-run`."""
+    package, config, _ = _prepare(recipe)
+    target = resolve(recipe.target)
+    before, data = package.load(
+        str(target), recipe.data, recipe.device, recipe.dtype, config, strict
+    )
+    return {
+        "bytes_before": _bytes(target),
+        **package.predict(before, data, recipe.budget, config),
+    }
+
+
+def measure_again(artifact: Artifact) -> list[Measurement]:
+    """Measures the saved model of an artifact against its target, as when it was made.
+
+    Raises RecipeError if the target is no longer where the recipe says.
+    """
+    package, before, data, _ = reopen(artifact)
+    target = resolve(artifact.manifest["recipe"]["target"])
+    saved = artifact.folder / "model"
+    return [_file_size(target, saved), *package.measure(before, package.restore(saved), data)]
+
+
+def reopen(artifact: Artifact) -> tuple[ModuleType, Any, Any, Any]:
+    """The method, the input model, the data and the compressed model of an artifact."""
+    from gencompress.recipe import from_dict
+
+    recipe = from_dict(artifact.manifest["recipe"])
+    package, config, _ = _prepare(recipe)
+    before, data = package.load(
+        str(resolve(recipe.target)), recipe.data, recipe.device, recipe.dtype, config, False
+    )
+    return package, before, data, package.restore(artifact.folder / "model")
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What a splat file, an artifact or an embedded scene holds, without running anything."""
+    from gencompress.artifact import read_artifact
+
+    path = resolve(path)
+    if (path / "manifest.json").is_file():
+        artifact = read_artifact(path)
+        about = {
+            "artifact": str(path),
+            **{k: artifact.manifest[k] for k in ("method", "title", "created", "gencompress")},
+            "target": artifact.manifest["recipe"].get("target"),
+            "budget": artifact.manifest["recipe"].get("budget"),
+            "model": str(model_path(artifact)),
+        }
+        return about | {row.name: row.after for row in artifact.measurements}
+    from gencompress.splat.formats import describe
+
+    return {"file": str(path), **describe(path)}
+
+
+def convert(source: str | Path, out: str | Path, *, strict: bool, overwrite: bool) -> int:
+    """Reads one splat format (or the model of an artifact) and writes another; returns the count
+    of splats. The suffix of `out` chooses the format."""
+    from gencompress.artifact import read_artifact
+    from gencompress.splat.formats import read_splats, write_splats
+
+    source, out = resolve(source), Path(out)
+    if (source / "manifest.json").is_file():
+        source = model_path(read_artifact(source))
+    if out.exists() and out.resolve() == source.resolve():
+        raise FileExistsError(f"{out}: input and output are the same file")
+    cloud = read_splats(source, strict=strict)
+    write_splats(out, cloud, overwrite=overwrite)
+    return len(cloud)
+
+
+def compress(
+    target: str | Path,
+    *,
+    method: str,
+    keep: str,
+    out: str | Path | None = None,
+    data: dict[str, str] | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Any:
+    """Compresses `target` and returns the smaller model.
+
+    `keep` is the grammar of `--keep` and `settings` are fields of the method's Config. With `out`
+    the artifact is kept in that folder too.
+    """
+    recipe = Recipe(method, str(target), parse_budget(keep), data or {}, settings, seed)
+    if out is not None:
+        artifact = run(recipe, out)
+        return importlib.import_module(METHODS[method]).restore(model_path(artifact).parent)
+    with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
+        artifact = run(recipe, Path(folder) / "artifact")
+        return importlib.import_module(METHODS[method]).restore(model_path(artifact).parent)
+
+
+def _prepare(recipe: Recipe) -> tuple[ModuleType, Any, Any]:
+    import torch
+
+    package = method(recipe.method)
+    config = config_from(package.Config, recipe.config)
+    return package, config, torch.Generator().manual_seed(recipe.seed)
+
+
+def _file_size(before: Path, after: Path) -> Measurement:
+    return Measurement("file size", _bytes(before), _bytes(after), "B", "lower")
+
+
+def _bytes(path: Path) -> int:
+    from gencompress.measure.cost import file_bytes
+
+    return file_bytes(path)
+
+
+def _digest(recipe: Recipe) -> str:
+    """Of what the scores depend on beside the model: data, settings, seed."""
+    parts = {"data": recipe.data, "config": recipe.config, "seed": recipe.seed}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def describe_config(name: str) -> Iterable[tuple[str, str]]:
+    """Name and default of each setting of a method."""
+    for field in dataclasses.fields(method(name).Config):
+        yield field.name, repr(field.default)

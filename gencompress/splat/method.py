@@ -1,0 +1,396 @@
+"""Splat compression: score or merge, allocate, cut, make up for the loss.
+
+The default merges and removes splats by measured picture error (`merge.py`); any criterion of
+`score.py` prunes plainly instead. Both can be corrected afterwards (`correct.py`). Pictures come
+from a rig around the scene or from the cameras of a capture; those that measure never score.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gencompress.core.allocate import Budget, top
+from gencompress.core.mask import Compressed, Mask, cut
+from gencompress.core.units import Scores, Slice, Units
+from gencompress.files import FormatError
+from gencompress.measure import Measurement
+from gencompress.splat import quality
+from gencompress.splat.cloud import SplatCloud, tensors, with_tensors
+from gencompress.splat.correct import Picture, correct, pictures
+from gencompress.splat.formats import FORMATS, read_splats, suffix_format, write_splats
+from gencompress.splat.merge import simplify, start
+from gencompress.splat.score import SCORES, scores
+from gencompress.views.camera import Camera
+from gencompress.views.loaders import load_views
+from gencompress.views.rig import scene_rig, split_rig
+
+GROUP = "splats"
+MERGE = "merge"
+SMALLEST_CURVE = 1e-4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of `compress splat`."""
+
+    score: str = MERGE  # merge, or one of SCORES: plain pruning
+    correct: bool = True  # adjust opacities and colours to the pictures afterwards
+    num_views: int = 24  # pictures that score; as many others measure
+    size: int = 512  # px, side of the rig's pictures
+    up: tuple[float, ...] = (0.0, -1.0, 0.0)  # world direction that points up
+    min_psnr: float = 0.0  # dB; above 0: the smallest result that holds it, whatever the budget
+    compare: tuple[str, ...] = ()  # scores to measure beside, "all" for every one
+    curve: tuple[float, ...] = ()  # shares in (0, 1] of the splats to measure too
+    format: str = "same"  # of the result: same as the input, or a suffix such as .ply
+
+    def __post_init__(self) -> None:
+        known = (MERGE, *SCORES)
+        for name in (self.score, *(n for n in self.compare if n != "all")):
+            if name not in known:
+                raise ValueError(f"score {name!r}: known are {', '.join(known)}")
+        if not (1 <= self.num_views <= 1000 and 16 <= self.size <= 4096):
+            raise ValueError("num_views is 1 to 1000 and size 16 to 4096 px")
+        if len(self.up) != 3 or not any(self.up):
+            raise ValueError(f"up = {self.up}: expected three numbers, not all zero")
+        if any(not SMALLEST_CURVE <= share <= 1 for share in self.curve):
+            raise ValueError(f"curve = {self.curve}: shares of the splats, above 0 and at most 1")
+        if self.format != "same" and suffix_format("x" + self.format) is None:
+            raise ValueError(f"format {self.format!r}: same, or one of {', '.join(FORMATS)}")
+
+
+@dataclass(frozen=True)
+class Views:
+    """Cameras, and what kind of file the scene came from."""
+
+    score: list[Camera]
+    test: list[Camera]
+    suffix: str  # of the target
+
+
+def load(
+    target: str, data: dict[str, str], device: str, dtype: str, config: Config, strict: bool = False
+) -> tuple[SplatCloud, Views]:
+    """Reads a splat file, and cameras from `data["views"]` or from a rig around the scene.
+
+    Raises:
+        FormatError: a file is not what it should be, or no camera sees the scene.
+        ValueError: a dtype, device or name of data that splats do not know.
+    """
+    unknown = data.keys() - {"views"}
+    if unknown:
+        raise ValueError(f"data {', '.join(sorted(unknown))}: splats know only views")
+    if dtype != "float32":
+        raise ValueError(f"dtype {dtype}: splats are float32")
+    if device != "cpu":
+        raise ValueError(f"device {device}: splats have no GPU backend yet; use cpu")
+    path = Path(target)
+    cloud = read_splats(path, strict=strict)
+    suffix = next((s for s in FORMATS if path.name.lower().endswith(s)), ".ply")
+    if path.is_dir():
+        suffix = ".sog"
+    if "views" in data:
+        cameras = load_views(data["views"])
+        if len(cameras) < 2:
+            raise FormatError(data["views"], "one view; two at least, to score and to measure")
+        score_views, test_views = split_rig(cameras, every=min(8, len(cameras)))
+        score_views = thin(score_views, config.num_views)
+        test_views = thin(test_views, config.num_views)
+    else:
+        score_views, test_views = scene_rig(
+            cloud.means,
+            quality.sizes(cloud),
+            num_score=config.num_views,
+            num_test=config.num_views,
+            width=config.size,
+            height=config.size,
+            up=config.up,
+        )
+    return cloud, Views(score_views, test_views, suffix)
+
+
+def score(
+    cloud: SplatCloud, data: Views, config: Config, generator: torch.Generator
+) -> tuple[list[Units], Scores]:
+    """Every splat is a unit. Merging is scored by the removal error it starts from."""
+    name = "removal_error" if config.score == MERGE else config.score
+    found = scores([name], cloud, data.score, generator)[name]
+    if name == "removal_error" and not bool((found > 0).any()):
+        raise ValueError(
+            "no splat shows in any of the scoring views; do the cameras fit the scene?"
+        )
+    return units(cloud), {GROUP: found}
+
+
+def units(cloud: SplatCloud) -> list[Units]:
+    """One group; a splat owns its row of every field and costs one unit."""
+    owns = tuple(Slice(name) for name in tensors(cloud))
+    return [Units(GROUP, "splat", torch.ones(len(cloud), dtype=torch.float64), owns)]
+
+
+@contextlib.contextmanager
+def apply(cloud: SplatCloud, masks: dict[str, Mask]) -> Iterator[SplatCloud]:
+    """The same rows, with the opacity of removed splats so low that they touch no pixel."""
+    keep = masks["main"].keep[GROUP]
+    hidden = torch.where(keep, cloud.opacities, torch.full_like(cloud.opacities, -100.0))
+    yield with_tensors(cloud, {"opacities": hidden})
+
+
+def compact(cloud: SplatCloud, masks: dict[str, Mask]) -> SplatCloud:
+    """Only the kept rows, in order."""
+    return with_tensors(cloud, cut(tensors(cloud), units(cloud), masks["main"]))
+
+
+def compress(
+    cloud: SplatCloud,
+    data: Views,
+    budget: Budget,
+    config: Config,
+    generator: torch.Generator,
+    workdir: Path,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Compressed:
+    """Fewer splats within the budget; see the module. `masks["main"]` names the originals that
+    the rows of the result descend from, in order. `workdir` is not needed: nothing is resumed."""
+    progress("scoring")
+    _, found = score(cloud, data, config, generator)
+    wanted = pictures(cloud, data.score) if config.correct else []
+    suffix = data.suffix if config.format == "same" else config.format
+    began = time.perf_counter()
+    if config.min_psnr > 0:
+        smaller, kept = _holding(cloud, found, data, config, wanted, progress)
+    else:
+        target = count_within(cloud, found[GROUP], budget, suffix)
+        smaller, kept = _reduce(cloud, found, target, data, config, wanted, progress)
+        limit = _bytes_limit(cloud, budget, suffix)
+        while limit is not None and (size := quality.encoded_bytes(smaller, suffix)) > limit:
+            target = min(target - 1, int(target * limit / size))
+            if target < 1:
+                raise ValueError(f"a budget of {limit:.0f} bytes does not hold one splat")
+            smaller, kept = _reduce(cloud, found, target, data, config, wanted, progress)
+    log = [
+        {
+            "kind": "event",
+            "event": "compressed",
+            "score": config.score,
+            "splats_before": len(cloud),
+            "splats_after": len(smaller),
+            "seconds": time.perf_counter() - began,
+        }
+    ]
+    log += _comparison(cloud, smaller, data, config, generator, wanted, progress)
+    keep = torch.zeros(len(cloud), dtype=torch.bool)
+    keep[kept] = True
+    return Compressed(smaller, {"main": Mask({GROUP: keep})}, found, log)
+
+
+def _reduce(
+    cloud: SplatCloud,
+    found: Scores,
+    target: int,
+    data: Views,
+    config: Config,
+    wanted: Sequence[Picture],
+    progress: Callable[[str], None],
+) -> tuple[SplatCloud, Tensor]:
+    """`target` splats, and the index of the original each row descends from."""
+    if config.score == MERGE:
+        state = simplify(
+            start(cloud), target, data.score, progress=lambda n: progress(f"merging: {n:,} left")
+        )
+        smaller, kept = state.cloud, state.kept
+    else:
+        mask = top(found, count=target)
+        smaller, kept = compact(cloud, {"main": mask}), mask.keep[GROUP].nonzero().squeeze(1)
+    if config.correct and len(smaller) < len(cloud):
+        progress("correcting opacity and colour")
+        smaller = correct(smaller, wanted)
+    return smaller, kept
+
+
+def _holding(
+    cloud: SplatCloud,
+    found: Scores,
+    data: Views,
+    config: Config,
+    wanted: Sequence[Picture],
+    progress: Callable[[str], None],
+) -> tuple[SplatCloud, Tensor]:
+    """The smallest result whose mean held-out PSNR is at least `min_psnr`, to 2% of its count, by
+    bisection. The scores are those stored; merging starts anew each time."""
+    truth = quality.truth(cloud, data.test)
+    low, high, best = 0, len(cloud), (cloud, torch.arange(len(cloud)))
+    while high - low > max(1, 0.02 * high):
+        middle = max(1, int((low * high) ** 0.5) if low else high // 3)
+        tried = _reduce(cloud, found, middle, data, config, wanted, progress)
+        psnr = quality.compare(tried[0], truth).psnr
+        progress(f"{middle:,} splats hold {psnr:.2f} dB")
+        if psnr >= config.min_psnr:
+            high, best = middle, tried
+        else:
+            low = middle
+    return best
+
+
+def count_within(cloud: SplatCloud, found: Tensor, budget: Budget, suffix: str) -> int:
+    """How many splats the budget leaves, at least one.
+
+    Bytes are those of a file with this suffix: exact for formats of a fixed size a splat, a first
+    estimate for .spz and .sog, from encoding the best-scored half.
+
+    Raises ValueError for a unit splats do not have, and for a budget below one splat.
+    """
+    num = len(cloud)
+    if budget.unit == "units":
+        count = int(budget.amount * num + 1e-9) if budget.relative else int(budget.amount)
+    elif budget.unit == "bytes":
+        limit = _bytes_limit(cloud, budget, suffix)
+        half = compact(cloud, {"main": top({GROUP: found}, count=max(1, num // 2))})
+        full_size = quality.encoded_bytes(cloud, suffix)
+        half_size = quality.encoded_bytes(half, suffix)
+        slope = (full_size - half_size) / max(1, num - len(half)) or 1.0
+        count = int((limit - half_size) / slope + len(half))
+    else:
+        raise ValueError(f"a budget in {budget.unit}: splats are counted, or weighed in bytes")
+    count = min(count, num)
+    if budget.cap is not None:
+        count = min(count, budget.cap)
+    count = max(count, budget.floor)
+    if count < 1 or count > num:
+        raise ValueError(f"the budget leaves {count} of {num} splats, expected 1 to {num}")
+    return count
+
+
+def _bytes_limit(cloud: SplatCloud, budget: Budget, suffix: str) -> float | None:
+    if budget.unit != "bytes":
+        return None
+    if not budget.relative:
+        return budget.amount
+    return budget.amount * quality.encoded_bytes(cloud, suffix)
+
+
+def _comparison(
+    cloud: SplatCloud,
+    smaller: SplatCloud,
+    data: Views,
+    config: Config,
+    generator: torch.Generator,
+    wanted: Sequence[Picture],
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Points of the quality against size curves, for the report; empty if none are asked for."""
+    shares = sorted({*config.curve, len(smaller) / len(cloud)}, reverse=True)
+    if not config.compare and not config.curve:
+        return []
+    truth = quality.truth(cloud, data.test)
+    names = [config.score, *config.compare]
+    if "all" in names:
+        names = [config.score, MERGE, *SCORES]
+    names = list(dict.fromkeys(names))
+    plain = scores([n for n in names if n != MERGE], cloud, data.score, generator)
+    points = []
+    for name in names:
+        own = replace(config, score=name, correct=config.correct and name == config.score)
+        state = start(cloud) if name == MERGE else None
+        for share in shares:
+            count = max(1, round(share * len(cloud)))
+            progress(f"curve: {name} at {share:.0%}")
+            began = time.perf_counter()
+            if name == config.score and count == len(smaller):
+                tried = smaller
+            elif state is not None:
+                state = simplify(state, count, data.score)
+                tried = correct(state.cloud, wanted) if own.correct else state.cloud
+            else:
+                tried, _ = _reduce(cloud, {GROUP: plain[name]}, count, data, own, wanted, progress)
+            found = quality.compare(tried, truth)
+            points.append(
+                {
+                    "kind": "curve",
+                    "series": f"{name} + correction" if own.correct else name,
+                    "x": 100 * count / len(cloud),
+                    "x_name": "splats kept",
+                    "x_unit": "%",
+                    "y": found.psnr,
+                    "y_name": "PSNR",
+                    "y_unit": "dB",
+                    "worst": found.worst,
+                    "count": count,
+                    "seconds": time.perf_counter() - began,
+                    "chosen": tried is smaller,
+                }
+            )
+    return points
+
+
+def predict(cloud: SplatCloud, data: Views, budget: Budget, config: Config) -> dict[str, int]:
+    """What `compress` would deliver: count of splats and bytes of the file, without merging."""
+    suffix = data.suffix if config.format == "same" else config.format
+    found = scores(["opacity_volume"], cloud, [], torch.Generator())["opacity_volume"]
+    count = count_within(cloud, found, budget, suffix)
+    smaller = compact(cloud, {"main": top({GROUP: found}, count=count)})
+    return {"splats": count, "bytes": quality.encoded_bytes(smaller, suffix)}
+
+
+def measure(before: SplatCloud, after: SplatCloud, data: Views) -> list[Measurement]:
+    """Counts, fidelity to the input on the held-out views, and time of a picture."""
+    truth = quality.truth(before, data.test)
+    found = quality.compare(after, truth)
+    similar = quality.similarity(after, truth)
+    many = len(data.test)
+    times = [quality.render_time(cloud, data.test) for cloud in (before, after)]
+    return [
+        Measurement("splats", len(before), len(after), "splats", "lower"),
+        Measurement("PSNR", None, found.psnr, "dB", "higher", 2 * many, found.psnr_spread),
+        Measurement("PSNR, worst view", None, found.worst, "dB", "higher", 2 * many),
+        Measurement(
+            "SSIM", None, statistics.fmean(similar), "", "higher", many,
+            statistics.stdev(similar) if many > 1 else None,
+        ),
+        Measurement(
+            "render time", times[0].median, times[1].median, "s", "lower",
+            times[1].repeats, times[1].spread,
+        ),
+    ]  # fmt: skip
+
+
+def save(result: Compressed, folder: Path, config: Config, data: Views) -> Path:
+    """Writes `folder/scene.<format>`."""
+    suffix = data.suffix if config.format == "same" else config.format
+    path = folder / ("scene/meta.json" if suffix == "meta.json" else f"scene{suffix}")
+    path.parent.mkdir(exist_ok=True)
+    write_splats(path, result.model)
+    return path
+
+
+def restore(folder: Path) -> SplatCloud:
+    """The cloud that `save` wrote."""
+    found = [p for p in Path(folder).rglob("*") if p.is_file() and suffix_format(p)]
+    if len(found) != 1:
+        raise FormatError(folder, f"holds {len(found)} splat files, expected one")
+    return read_splats(found[0])
+
+
+def preview(before: SplatCloud, after: SplatCloud, data: Views, folder: Path) -> None:
+    """Pictures of both and of their difference, and both clouds for the interactive view."""
+    quality.write_preview(before, after, data.test, folder)
+
+
+def sample(cloud: SplatCloud, data: Views, folder: Path) -> list[Path]:
+    """A picture of each held-out view, as PNG."""
+    return quality.write_pictures(cloud, data.test, folder)
+
+
+def thin(cameras: Sequence[Camera], most: int) -> list[Camera]:
+    """At most `most` of them, evenly spread over the list."""
+    if len(cameras) <= most:
+        return list(cameras)
+    return [cameras[i * len(cameras) // most] for i in range(most)]

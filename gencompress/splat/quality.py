@@ -1,0 +1,160 @@
+"""How much a smaller cloud differs from the original: numbers, bytes, pictures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gencompress.measure.cost import file_bytes
+from gencompress.measure.image import psnr, ssim
+from gencompress.measure.speed import Timing, time_call
+from gencompress.splat.cloud import SH_C0, SplatCloud, tensors, with_tensors
+from gencompress.splat.formats import write_splats
+from gencompress.splat.render import render
+from gencompress.views.camera import Camera
+
+IDENTICAL = 100.0  # dB; what identical pictures count as in a mean
+BACKGROUNDS = (0.0, 1.0)
+PREVIEW_VIEWS = 4
+PREVIEW_SPLATS = 120_000  # of each cloud in the interactive view; 32 bytes a splat
+AMPLIFIED = 8  # of the difference pictures
+
+Truth = list[tuple[Camera, list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Over the views, pictures clamped to [0, 1]; PSNR over a black and a white background."""
+
+    psnr: float  # mean, dB
+    psnr_spread: float | None  # standard deviation over pictures
+    worst: float  # smallest of the pictures, dB
+
+
+def truth(cloud: SplatCloud, cameras: Sequence[Camera]) -> Truth:
+    """Pictures of the original, to compare several results with."""
+    return [
+        (camera, [picture(cloud, camera, level) for level in BACKGROUNDS]) for camera in cameras
+    ]
+
+
+def compare(cloud: SplatCloud, wanted: Truth) -> Quality:
+    """The cloud against those pictures."""
+    decibels = []
+    for camera, images in wanted:
+        own = [picture(cloud, camera, level) for level in BACKGROUNDS]
+        decibels += [min(float(psnr(a, b)), IDENTICAL) for a, b in zip(own, images, strict=True)]
+    spread = statistics.stdev(decibels) if len(decibels) > 1 else None
+    return Quality(statistics.fmean(decibels), spread, min(decibels))
+
+
+def similarity(cloud: SplatCloud, wanted: Truth) -> list[float]:
+    """SSIM of each view over black; apart from `compare` because it takes longer than drawing."""
+    black = BACKGROUNDS.index(0.0)
+    return [float(ssim(picture(cloud, camera), images[black])) for camera, images in wanted]
+
+
+def picture(cloud: SplatCloud, camera: Camera, level: float = 0.0) -> Tensor:
+    """[H, W, 3] in [0, 1] over a grey background."""
+    background = torch.full((3,), level)
+    return render(cloud, camera, background=background).colors[0].clamp(0, 1)
+
+
+def render_time(cloud: SplatCloud, cameras: Sequence[Camera]) -> Timing:
+    """Seconds a picture, the median over the views."""
+    views = iter(list(cameras) * 2)
+    return time_call(lambda: render(cloud, next(views)), repeats=len(cameras), warmup=1)
+
+
+def sizes(cloud: SplatCloud) -> Tensor:
+    """[N] opacity times the area of the two larger axes: how much a splat can show."""
+    return cloud.opacities.sigmoid() * cloud.scales.topk(2, 1).values.sum(1).exp()
+
+
+def encoded_bytes(cloud: SplatCloud, suffix: str) -> int:
+    """Bytes of the cloud as a file with this suffix."""
+    with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
+        path = Path(folder) / ("scene/meta.json" if suffix == "meta.json" else f"scene{suffix}")
+        path.parent.mkdir(exist_ok=True)
+        write_splats(path, cloud)
+        return file_bytes(Path(folder))
+
+
+def write_pictures(cloud: SplatCloud, cameras: Sequence[Camera], folder: Path) -> list[Path]:
+    """A PNG for each camera, named after it."""
+    paths = []
+    for number, camera in enumerate(cameras):
+        path = folder / f"{number:03d}.png"
+        _image(picture(cloud, camera)).save(path)
+        paths.append(path)
+    return paths
+
+
+def write_preview(
+    before: SplatCloud, after: SplatCloud, cameras: Sequence[Camera], folder: Path
+) -> None:
+    """Before, after and difference for a few views, both clouds as .splat, and index.json."""
+    step = max(1, len(cameras) // PREVIEW_VIEWS)
+    chosen = list(enumerate(cameras))[step // 2 :: step][:PREVIEW_VIEWS]
+    views = []
+    for number, camera in chosen:
+        level = BACKGROUNDS[len(views) % 2]
+        images = [picture(cloud, camera, level) for cloud in (before, after)]
+        off = (AMPLIFIED * (images[1] - images[0]).abs()).clamp(0, 1)
+        names = {k: f"view-{number:02d}-{k}.png" for k in ("before", "after", "difference")}
+        for name, image in zip(names.values(), (*images, off), strict=True):
+            _image(image).save(folder / name)
+        decibels = min(float(psnr(images[1], images[0])), IDENTICAL)
+        caption = f"PSNR {decibels:.1f} dB, SSIM {float(ssim(images[1], images[0])):.3f}"
+        views.append(
+            {
+                "name": f"view {number}",
+                **names,
+                "caption": f"{caption}; difference x{AMPLIFIED}",
+                "background": "white" if level else "black",
+            }
+        )
+    for name, cloud in (("before", before), ("after", after)):
+        write_splats(folder / f"{name}.splat", _flat_colored(_largest(cloud, PREVIEW_SPLATS)))
+    first = chosen[0][1]
+    rotation = first.world_to_camera[:3, :3]
+    middle = before.means.double().mean(0)
+    depth = float((rotation @ (middle - first.position))[2])
+    shorter = min(first.width / first.fx, first.height / first.fy)
+    camera = {
+        "eye": first.position.tolist(),
+        "target": (first.position + max(depth, 0.1) * rotation[2]).tolist(),
+        "up": (-rotation[1]).tolist(),
+        "fov_deg": 2 * float(torch.rad2deg(torch.atan(torch.tensor(0.5 * shorter)))),
+    }
+    index = {"views": views, "camera": camera, "scene": {"background": "black"}}
+    (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _largest(cloud: SplatCloud, most: int) -> SplatCloud:
+    if len(cloud) <= most:
+        return cloud
+    index = sizes(cloud).topk(most).indices.sort().values
+    return with_tensors(cloud, {name: field[index] for name, field in tensors(cloud).items()})
+
+
+def _flat_colored(cloud: SplatCloud) -> SplatCloud:
+    """What a .splat holds: one colour a splat, in [0, 1]."""
+    most = 0.5 / SH_C0
+    scales = cloud.scales
+    if scales.shape[1] == 2:  # a surfel is drawn flat
+        scales = torch.cat([scales, scales.amin(1, keepdim=True) - 10], 1)
+    sh = cloud.sh[:, :1].clamp(-most, most).contiguous()
+    return with_tensors(cloud, {"sh": sh, "scales": scales})
+
+
+def _image(values: Tensor) -> Image.Image:
+    return Image.fromarray((values * 255).round().to(torch.uint8).numpy())
