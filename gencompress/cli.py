@@ -50,7 +50,9 @@ def main() -> None:
     try:
         app()
     except (RecipeError, FormatError, OSError, ValueError, RuntimeError) as problem:
-        err_console.print(f"error: {problem}", style="red", markup=False, highlight=False)
+        err_console.print(
+            f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(2 if isinstance(problem, RecipeError) else 1)
 
 

@@ -70,6 +70,7 @@ def run(
             before, data, recipe.budget, config, generator, Path(work), progress
         )
         seconds = time.perf_counter() - began
+        result.log.extend(package.compare(before, result, data, config, generator, progress))
         saved = Path(work) / "model"
         saved.mkdir()
         package.save(result, saved, config, data)

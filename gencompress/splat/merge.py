@@ -25,10 +25,12 @@ from gencompress.splat.cloud import SplatCloud, tensors, with_tensors
 from gencompress.splat.render import activate, removal_errors
 from gencompress.views.camera import Camera
 
-NEIGHBOURS = 10  # candidates for merging around each splat; tuned on the three test scenes
-ROUND = 0.25  # share of the splats that goes in a round, before errors are measured again
-ROUND_VIEWS = 12  # pictures measured a round; the next round takes others
-REMOVAL_PENALTY = 3.0  # errors of removals nearby add up to more than their sum; tuned likewise
+# Tuned on three real captures at 50% and 25% of the splats (PSNR on views that did not score).
+NEIGHBOURS = 10  # candidates for merging around each splat; 16 gave within 0.3 dB either way
+ROUND = 0.25  # share of the splats that goes before errors are measured again; 0.08: no better
+# What a removal costs against its measured error: removals next to each other add up to more than
+# their sum. 1 loses 1 dB on foliage and wins 0.3 on opaque surfaces; 6 is as good as 3.
+REMOVAL_PENALTY = 3.0
 # a rotation with no entry near 0 or 1
 FRAME = rotation_matrices(torch.tensor([0.7, 0.4, -0.3, 0.5], dtype=torch.float64))
 LEAST_VISIBLE = 1e-3  # of the median scale: an unseen splat may be seen from elsewhere
@@ -63,14 +65,11 @@ def simplify(
     """
     if target < 1:
         raise ValueError(f"target is {target}, expected at least 1 splat")
-    turn = 0
     while len(state.kept) > target:
         num = len(state.kept)
-        step = max(1, len(cameras) // ROUND_VIEWS)
-        pairs = _cheapest_moves(state, cameras[turn % step :: step])
+        pairs = _cheapest_moves(state, cameras)
         limit = min(num - target, max(1, int(ROUND * num)))
         state = _apply(state, _disjoint(pairs, num, limit))
-        turn += 1
         progress(len(state.kept))
     return state
 

@@ -27,15 +27,20 @@ from gencompress.splat import quality
 from gencompress.splat.cloud import SplatCloud, tensors, with_tensors
 from gencompress.splat.correct import Picture, correct, pictures
 from gencompress.splat.formats import FORMATS, read_splats, suffix_format, write_splats
-from gencompress.splat.merge import simplify, start
+from gencompress.splat.merge import Simplified, simplify, start
 from gencompress.splat.score import SCORES, scores
 from gencompress.views.camera import Camera
 from gencompress.views.loaders import load_views
 from gencompress.views.rig import scene_rig, split_rig
 
+Progress = Callable[[str], None]
 GROUP = "splats"
 MERGE = "merge"
 SMALLEST_CURVE = 1e-4
+
+
+def quiet(text: str) -> None:
+    """Progress nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ def compress(
     config: Config,
     generator: torch.Generator,
     workdir: Path,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = quiet,
 ) -> Compressed:
     """Fewer splats within the budget; see the module. `masks["main"]` names the originals that
     the rows of the result descend from, in order. `workdir` is not needed: nothing is resumed."""
@@ -186,7 +191,6 @@ def compress(
             "seconds": time.perf_counter() - began,
         }
     ]
-    log += _comparison(cloud, smaller, data, config, generator, wanted, progress)
     keep = torch.zeros(len(cloud), dtype=torch.bool)
     keep[kept] = True
     return Compressed(smaller, {"main": Mask({GROUP: keep})}, found, log)
@@ -199,13 +203,21 @@ def _reduce(
     data: Views,
     config: Config,
     wanted: Sequence[Picture],
-    progress: Callable[[str], None],
+    progress: Progress,
+    way: list[Simplified] | None = None,
 ) -> tuple[SplatCloud, Tensor]:
-    """`target` splats, and the index of the original each row descends from."""
+    """`target` splats, and the index of the original each row descends from.
+
+    `way` holds clouds already merged for larger targets: merging goes on from the smallest of
+    those that are large enough, and the new one is added.
+    """
     if config.score == MERGE:
+        way = [start(cloud)] if way is None else way
+        nearest = min((s for s in way if len(s.kept) >= target), key=lambda s: len(s.kept))
         state = simplify(
-            start(cloud), target, data.score, progress=lambda n: progress(f"merging: {n:,} left")
+            nearest, target, data.score, progress=lambda n: progress(f"merging: {n:,} left")
         )
+        way.append(state)
         smaller, kept = state.cloud, state.kept
     else:
         mask = top(found, count=target)
@@ -222,17 +234,18 @@ def _holding(
     data: Views,
     config: Config,
     wanted: Sequence[Picture],
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[SplatCloud, Tensor]:
     """The smallest result whose mean held-out PSNR is at least `min_psnr`, to 2% of its count, by
-    bisection. The scores are those stored; merging starts anew each time."""
+    bisection over stored scores and stored clouds."""
     truth = quality.truth(cloud, data.test)
+    way = [start(cloud)]
     low, high, best = 0, len(cloud), (cloud, torch.arange(len(cloud)))
     while high - low > max(1, 0.02 * high):
         middle = max(1, int((low * high) ** 0.5) if low else high // 3)
-        tried = _reduce(cloud, found, middle, data, config, wanted, progress)
+        tried = _reduce(cloud, found, middle, data, config, wanted, progress, way)
         psnr = quality.compare(tried[0], truth).psnr
-        progress(f"{middle:,} splats hold {psnr:.2f} dB")
+        progress(f"holding: {middle:,} splats give {psnr:.2f} dB")
         if psnr >= config.min_psnr:
             high, best = middle, tried
         else:
@@ -277,20 +290,23 @@ def _bytes_limit(cloud: SplatCloud, budget: Budget, suffix: str) -> float | None
     return budget.amount * quality.encoded_bytes(cloud, suffix)
 
 
-def _comparison(
+def compare(
     cloud: SplatCloud,
-    smaller: SplatCloud,
+    result: Compressed,
     data: Views,
     config: Config,
     generator: torch.Generator,
-    wanted: Sequence[Picture],
-    progress: Callable[[str], None],
+    progress: Progress = quiet,
 ) -> list[dict[str, Any]]:
-    """Points of the quality against size curves, for the report; empty if none are asked for."""
-    shares = sorted({*config.curve, len(smaller) / len(cloud)}, reverse=True)
+    """Points of quality against size for the report: each of `config.compare` beside the score
+    that was used, at the shares of `config.curve` and at that of the result. Empty if neither is
+    asked for. Other scores are shown as they are, without the correction."""
     if not config.compare and not config.curve:
         return []
+    smaller = result.model
+    shares = sorted({*config.curve, len(smaller) / len(cloud)}, reverse=True)
     truth = quality.truth(cloud, data.test)
+    wanted = pictures(cloud, data.score) if config.correct else []
     names = [config.score, *config.compare]
     if "all" in names:
         names = [config.score, MERGE, *SCORES]
@@ -299,18 +315,16 @@ def _comparison(
     points = []
     for name in names:
         own = replace(config, score=name, correct=config.correct and name == config.score)
-        state = start(cloud) if name == MERGE else None
+        way = [start(cloud)]
         for share in shares:
             count = max(1, round(share * len(cloud)))
             progress(f"curve: {name} at {share:.0%}")
             began = time.perf_counter()
             if name == config.score and count == len(smaller):
                 tried = smaller
-            elif state is not None:
-                state = simplify(state, count, data.score)
-                tried = correct(state.cloud, wanted) if own.correct else state.cloud
             else:
-                tried, _ = _reduce(cloud, {GROUP: plain[name]}, count, data, own, wanted, progress)
+                score_of = {GROUP: plain[name]} if name in plain else {}
+                tried, _ = _reduce(cloud, score_of, count, data, own, wanted, quiet, way)
             found = quality.compare(tried, truth)
             points.append(
                 {
@@ -344,16 +358,18 @@ def measure(before: SplatCloud, after: SplatCloud, data: Views) -> list[Measurem
     """Counts, fidelity to the input on the held-out views, and time of a picture."""
     truth = quality.truth(before, data.test)
     found = quality.compare(after, truth)
-    similar = quality.similarity(after, truth)
     many = len(data.test)
     times = [quality.render_time(cloud, data.test) for cloud in (before, after)]
     return [
         Measurement("splats", len(before), len(after), "splats", "lower"),
         Measurement("PSNR", None, found.psnr, "dB", "higher", 2 * many, found.psnr_spread),
         Measurement("PSNR, worst view", None, found.worst, "dB", "higher", 2 * many),
-        Measurement(
-            "SSIM", None, statistics.fmean(similar), "", "higher", many,
-            statistics.stdev(similar) if many > 1 else None,
+        *(
+            Measurement(
+                name, None, statistics.fmean(values), "", "higher" if name == "SSIM" else "lower",
+                many, statistics.stdev(values) if many > 1 else None,
+            )
+            for name, values in quality.similarity(after, truth).items()
         ),
         Measurement(
             "render time", times[0].median, times[1].median, "s", "lower",

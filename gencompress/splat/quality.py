@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from gencompress.measure.cost import file_bytes
-from gencompress.measure.image import psnr, ssim
+from gencompress.measure.image import lpips, lpips_why_not, psnr, ssim
 from gencompress.measure.speed import Timing, time_call
 from gencompress.splat.cloud import SH_C0, SplatCloud, tensors, with_tensors
 from gencompress.splat.formats import write_splats
@@ -56,10 +56,13 @@ def compare(cloud: SplatCloud, wanted: Truth) -> Quality:
     return Quality(statistics.fmean(decibels), spread, min(decibels))
 
 
-def similarity(cloud: SplatCloud, wanted: Truth) -> list[float]:
-    """SSIM of each view over black; apart from `compare` because it takes longer than drawing."""
+def similarity(cloud: SplatCloud, wanted: Truth) -> dict[str, list[float]]:
+    """SSIM of each view over black, and LPIPS where its optional packages are installed; apart
+    from `compare` because these take longer than drawing."""
+    metrics = {"SSIM": ssim} if lpips_why_not() else {"SSIM": ssim, "LPIPS": lpips}
     black = BACKGROUNDS.index(0.0)
-    return [float(ssim(picture(cloud, camera), images[black])) for camera, images in wanted]
+    pairs = [(picture(cloud, camera), images[black]) for camera, images in wanted]
+    return {name: [float(fn(a, b)) for a, b in pairs] for name, fn in metrics.items()}
 
 
 def picture(cloud: SplatCloud, camera: Camera, level: float = 0.0) -> Tensor:

@@ -1,0 +1,19 @@
+.PHONY: check lint types test bench gpu
+
+check: lint types test
+
+lint:
+	ruff format --check .
+	ruff check .
+
+types:
+	mypy
+
+test:
+	pytest
+
+bench:
+	python tools/bench.py
+
+gpu:
+	python tools/gpu_check.py
