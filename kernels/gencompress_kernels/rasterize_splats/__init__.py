@@ -43,7 +43,8 @@ def rasterize_splats(
     alpha = min(0.99, opacity * exp(-q)) reaches 1/255; the first splat that would take the
     transmittance to 1e-4 or less ends the pixel and is not blended. Equal depths blend in index
     order; of equal weights the front-most counts as largest. `antialiased` scales the opacity by
-    the square root of the determinant ratio that the 0.3 px^2 blur causes (Mip-Splatting).
+    the square root of the determinant ratio that the 0.3 px^2 blur causes (Mip-Splatting). A splat
+    wider than 1e9 pixels is not drawn.
 
     float32 on every backend; `reference` also takes float64. All inputs share dtype and device.
     No gradients yet. Statistics have N rows if asked for, else 0 rows. Deterministic.
@@ -260,6 +261,8 @@ def _check(
         ("intrinsics", intrinsics, (cameras, 3, 3)),
     ):
         _check_shape(name, tensor, shape, means)
+    if not bool((intrinsics.diagonal(dim1=1, dim2=2)[:, :2] > 0).all()):
+        raise ValueError("intrinsics: a focal length is not above 0")
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:

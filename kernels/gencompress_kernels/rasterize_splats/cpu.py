@@ -22,6 +22,7 @@ from gencompress_kernels.rasterize_splats.reference import (
     BLUR,
     FRUSTUM_MARGIN,
     MAX_ALPHA,
+    MAX_VARIANCE,
     MIN_ALPHA,
     MIN_COMPENSATION,
     MIN_DETERMINANT,
@@ -248,6 +249,8 @@ def _project(
             sxx += pu * pu
             sxy += pu * pv
             syy += pv * pv
+        if max(sxx, syy) > f32(MAX_VARIANCE):
+            continue
         sharp = sxx * syy - sxy * sxy
         sxx += f32(BLUR)
         syy += f32(BLUR)
@@ -257,7 +260,8 @@ def _project(
             opacity *= math.sqrt(max(sharp / det, f32(MIN_COMPENSATION * MIN_COMPENSATION)))
         if opacity < f32(MIN_ALPHA):
             continue
-        limit = f32(2.0) * (math.log(opacity) + f32(_LN_255))
+        # rounding takes the logarithm of an opacity of 1/255 below zero
+        limit = max(f32(2.0) * (math.log(opacity) + f32(_LN_255)), f32(0.0))
         reach_x = math.sqrt(limit * sxx)
         reach_y = math.sqrt(limit * syy)
         px, py = fx * x * iz + cx, fy * y * iz + cy
@@ -388,21 +392,6 @@ def _fill_pairs(records, nearest, bands, tiles_x, cursor, pairs):
                 for tile in range(row * tiles_x + first, row * tiles_x + last):
                     pairs[cursor[tile]] = n
                     cursor[tile] += 1
-
-
-@jit.inline
-def _alpha(r, dy, row_b, x0, x):
-    """Alpha of a splat at one pixel, 0 below 1/255. dy = centre - pixel, row_b = b * dy."""
-    dx = r[X] - (x0 + f32(x))
-    q = f32(0.5) * (r[A] * dx * dx + r[C] * dy * dy) + row_b * dx
-    # beyond q = 5.6 alpha is under 1/255 whatever the opacity, and the polynomial is not exp
-    t = min(max(q, f32(0.0)), f32(5.6)) * f32(-0.125)
-    e = f32(1.0) + t * (E1 + t * (E2 + t * (E3 + t * (E4 + t * (E5 + t * E6)))))
-    e *= e
-    e *= e
-    e *= e
-    alpha = min(r[OPACITY] * e, f32(MAX_ALPHA))
-    return alpha if alpha >= f32(MIN_ALPHA) else f32(0.0)
 
 
 @jit.parallel

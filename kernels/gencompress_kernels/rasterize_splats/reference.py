@@ -13,6 +13,7 @@ NEAR = 0.01  # splats closer than this, in world units along z, are culled
 BLUR = 0.3  # px^2 added to the projected covariance: a pixel is not a point
 FRUSTUM_MARGIN = 0.3  # of tan(half field of view): limit of x/z and y/z inside the Jacobian
 MIN_DETERMINANT = 1e-10
+MAX_VARIANCE = 1e18  # px^2; a wider splat is culled, its determinant would leave float32
 MIN_COMPENSATION = 0.005  # of opacity, when antialiased
 MIN_ALPHA = 1.0 / 255.0  # below, a splat does not touch the pixel
 MAX_ALPHA = 0.99
@@ -168,6 +169,7 @@ def project(
     )
     flat = jacobian @ covariance @ jacobian.transpose(1, 2)
     sxx, sxy, syy = flat[:, 0, 0], flat[:, 0, 1], flat[:, 1, 1]
+    fits = torch.maximum(sxx, syy) <= MAX_VARIANCE
     sharp = sxx * syy - sxy * sxy
     sxx, syy = sxx + BLUR, syy + BLUR
     determinant = (sxx * syy - sxy * sxy).clamp_min(MIN_DETERMINANT)
@@ -175,13 +177,14 @@ def project(
     if antialiased:
         opacity = opacity * (sharp / determinant).clamp_min(MIN_COMPENSATION**2).sqrt()
 
+    conics = torch.stack([syy, -sxy, sxx], -1) / determinant[:, None]
     position = -rotation.T @ translation
     directions = torch.nn.functional.normalize(means[index] - position, dim=-1)
     return {
         "index": index,
         "centers": torch.stack([fx * x / z + cx, fy * y / z + cy], -1),
-        "conics": torch.stack([syy, -sxy, sxx], -1) / determinant[:, None],
-        "opacities": opacity,
+        "conics": torch.where(fits[:, None], conics, 0),
+        "opacities": torch.where(fits, opacity, 0),
         "depths": z,
         "colors": sh_colors(sh[index], directions),
     }

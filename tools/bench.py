@@ -1,0 +1,335 @@
+"""Measures the kernels against the best plain alternative, side by side in one run.
+
+    python tools/bench.py [NAME ...] [--json FILE]
+
+Every row is the median of repeats with the fastest and slowest, and a ratio to the row it names.
+Made data only. Ratios carry over to other machines, milliseconds do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from gencompress_kernels import dispatch
+from gencompress_kernels.compact import gather_rows
+from gencompress_kernels.merge_splats import Blobs, splat_merge_costs
+from gencompress_kernels.rasterize_splats import (
+    rasterize_splats,
+    reference,
+    splat_corrections,
+    splat_removal_errors,
+)
+from gencompress_kernels.select import select_top
+from torch import Tensor
+
+TILE = 16
+Row = dict[str, object]
+
+
+def timed(run: Callable[[], object], repeats: int = 5, budget: float = 4.0) -> list[float]:
+    """Milliseconds of up to `repeats` calls after one to warm up, fewer past `budget` seconds."""
+    run()
+    times: list[float] = []
+    while len(times) < repeats and (len(times) < 2 or sum(times) < 1000 * budget):
+        start = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def in_turns(*runs: Callable[[], object], repeats: int = 7) -> list[list[float]]:
+    """Milliseconds of each, called by turns, so that a busy machine slows all of them alike."""
+    times: list[list[float]] = [[] for _ in runs]
+    for turn in range(repeats + 1):
+        for run, seen in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if turn:
+                seen.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def row(name: str, times: list[float], against: list[float] | None = None, note: str = "") -> Row:
+    """`ratio` is the time of the alternative over ours: above 1, ours is faster."""
+    middle = statistics.median(times)
+    return {
+        "name": name,
+        "ms": round(middle, 3),
+        "low": round(min(times), 3),
+        "high": round(max(times), 3),
+        "repeats": len(times),
+        "ratio": round(statistics.median(against) / middle, 2) if against else None,
+        "note": note,
+    }
+
+
+def splats(num: int, size: float, seed: int = 0) -> tuple[Tensor, ...]:
+    """Means, quats, scales, opacities, sh (degree 0) of a ball of splats in front of the camera."""
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(num, 3, generator=g) * 0.8 + torch.tensor([0.0, 0.0, 4.0]),
+        torch.randn(num, 4, generator=g),
+        torch.exp(torch.randn(num, 3, generator=g) * 0.4 + size),
+        torch.sigmoid(torch.randn(num, generator=g) * 1.5),
+        torch.randn(num, 1, 3, generator=g) * 0.3,
+    )
+
+
+def view(pixels: int = 512) -> tuple[Tensor, Tensor, int, int]:
+    lens = torch.tensor([[[pixels * 0.98, 0, pixels / 2], [0, pixels * 0.98, pixels / 2],
+                          [0, 0, 1]]])  # fmt: skip
+    return torch.eye(4)[None], lens, pixels, pixels
+
+
+def torch_blend(
+    flat: dict[str, Tensor], offsets: Tensor, pairs: Tensor, pixels: int, chunk: int
+) -> Tensor:
+    """The best plain torch we know: lists of similar length padded to a batch of `chunk` tiles,
+    composited by one cumulative product. [tiles, 256, 4]: colour and transmittance."""
+    lengths = offsets[1:] - offsets[:-1]
+    tiles_x = pixels // TILE
+    inside = torch.arange(TILE, dtype=torch.float32) + 0.5
+    packed = torch.cat(
+        [flat["centers"], flat["conics"], flat["opacities"][:, None], flat["colors"]], 1
+    )
+    packed = torch.cat([packed, packed.new_zeros(1, 9)])  # padding: opacity 0
+    out = packed.new_empty(len(lengths), TILE * TILE, 4)
+    for tiles in torch.argsort(lengths).split(chunk):
+        longest = max(int(lengths[tiles].max()), 1)
+        step = torch.arange(longest)
+        at = (offsets[:-1][tiles, None] + step).clamp_max(max(len(pairs) - 1, 0))
+        ids = torch.where(step < lengths[tiles, None], pairs[at], len(packed) - 1)
+        x, y, a, b, c, opacity, *color = packed[ids].unbind(-1)
+        dx = (x - (tiles % tiles_x * TILE)[:, None])[:, None] - inside[:, None]
+        dy = (y - (tiles // tiles_x * TILE)[:, None])[:, None] - inside[:, None]
+        # q by rows and columns, added up: [tiles, 16, 16, longest]
+        across, down = 0.5 * a[:, None] * dx * dx, 0.5 * c[:, None] * dy * dy
+        q = (b[:, None] * dy)[:, :, None] * dx[:, None]
+        q += across[:, None]
+        q += down[:, :, None]
+        alpha = q.neg_().exp_().mul_(opacity[:, None, None]).clamp_max_(reference.MAX_ALPHA)
+        alpha.mul_(alpha >= reference.MIN_ALPHA)
+        after = torch.cumprod(1 - alpha, -1)
+        alive = after > reference.MIN_TRANSMITTANCE
+        left = torch.where(alive, after, 1).amin(-1)
+        alpha[..., 1:] *= after[..., :-1]
+        weight = alpha.mul_(alive).reshape(len(tiles), TILE * TILE, longest)
+        out[tiles, :, :3] = torch.bmm(weight, torch.stack(color, -1))
+        out[tiles, :, 3] = left.reshape(len(tiles), -1)
+    return out
+
+
+def bench_rasterize() -> Iterator[Row]:
+    """50k splats at 512x512, about 243 splats a tile."""
+    from gencompress_kernels.rasterize_splats import cpu
+
+    scene, (viewmat, lens, size, _) = splats(50_000, -3.73), view()
+    everything = (*scene, viewmat, lens, size, size)
+    one = (*scene, viewmat[0], lens[0], size, size, False)
+    records = cpu._records(*one)
+    order, offsets, pairs = cpu.tile_lists(records, size, size)
+    planes, slots = np.empty((len(order), 5, TILE * TILE), np.float32), np.empty((0, 4), np.float32)
+    blend = timed(
+        lambda: cpu._blend(records, order, offsets, pairs, size, size, planes, slots, False), 9
+    )
+    flat = reference.project(*one)
+    place = torch.empty(len(scene[0]), dtype=torch.int64)
+    place[flat["index"]] = torch.arange(len(flat["index"]))
+    lists = torch.from_numpy(offsets), place[torch.from_numpy(pairs).long()]
+    plain, chosen = None, 0
+    for chunk in (8, 32):
+        times = timed(lambda c=chunk: torch_blend(flat, *lists, size, c), 3, 1.5)
+        if plain is None or statistics.median(times) < statistics.median(plain):
+            plain, chosen = times, chunk
+    got = torch_blend(flat, *lists, size, chosen)
+    error = np.abs(got[..., 3].numpy() - planes[:, 3]).mean()
+    if error > 1e-5:
+        raise RuntimeError(f"the two do not draw the same picture: {error:.1e}")
+    # work: about 20 operations for each of 256 pixels a pair, were none skipped
+    work = f"{len(pairs):,} pairs, {len(pairs) / len(order):.0f} a tile, "
+    work += f"{len(pairs) * 256 * 20 / 1e9:.1f} GFLOP unless skipped"
+    yield row("torch blend", plain, None, f"best of 8, 32 tiles a batch: {chosen}")
+    yield row("blend", blend, plain, work)
+    wanted = rasterize_splats(*everything)
+    forward, counted, changes, fix = in_turns(
+        lambda: rasterize_splats(*everything),
+        lambda: rasterize_splats(*everything, statistics=True),
+        lambda: splat_removal_errors(*everything),
+        lambda: splat_corrections(*scene, viewmat, lens, wanted.colors, wanted.alphas),
+    )
+    yield row("forward", forward, plain, "with projection and lists, against torch blend alone")
+    yield row("forward + statistics", counted, forward, "against forward")
+    yield row("removal errors", changes, forward, "against forward")
+    yield row("corrections", fix, forward, "against forward")
+
+
+def bench_merge() -> Iterator[Row]:
+    """600,000 pairs of degree 2."""
+    g = torch.Generator().manual_seed(0)
+    half = torch.randn(20_000, 3, 3, generator=g, dtype=torch.float64) * 0.1
+    full = half @ half.mT
+    blobs = Blobs(
+        torch.randn(20_000, 3, generator=g, dtype=torch.float64) * 0.2,
+        torch.stack([full[:, i, j] for i in range(3) for j in range(i, 3)], -1),
+        torch.rand(20_000, generator=g, dtype=torch.float64),
+        torch.randn(20_000, 27, generator=g, dtype=torch.float64),
+    )
+    pairs = torch.randint(0, 20_000, (600_000, 2), generator=g)
+    plain = timed(lambda: splat_merge_costs(blobs, pairs, backend="reference"), 3)
+    ours = timed(lambda: splat_merge_costs(blobs, pairs), 7)
+    yield row("merge costs, reference", plain)
+    # 37 doubles of each of two rows, 16 bytes of indices and 8 of the cost
+    floor = 600_000 * (2 * 37 * 8 + 24) / 1e6
+    yield row("merge costs", ours, plain, f"{floor:.0f} MB touched")
+
+
+def bench_select() -> Iterator[Row]:
+    """The top half of 4 million scores."""
+    scores = torch.randn(4_000_000, generator=torch.Generator().manual_seed(0))
+    count = len(scores) // 2
+    ours = timed(lambda: select_top(scores, count), 7)
+    for name, run in (
+        ("torch.topk", lambda: torch.topk(scores, count).indices),
+        ("torch.argsort", lambda: torch.argsort(scores, descending=True, stable=True)[:count]),
+    ):
+        plain = timed(run, 3)
+        yield row(name, plain)
+        yield row("select", ours, plain, f"against {name}; one pass reads 16 MB")
+
+
+def bench_compact() -> Iterator[Row]:
+    """Half of 1 million splats, 59 floats each, five arrays."""
+    g = torch.Generator().manual_seed(0)
+    arrays = [torch.randn(1_000_000, n, generator=g) for n in (3, 4, 3, 1, 48)]
+    keep = torch.rand(1_000_000, generator=g) < 0.5
+    plain = timed(lambda: [array[keep] for array in arrays], 5)
+    yield row("torch mask loop", plain)
+    ours = timed(lambda: gather_rows(arrays, keep), 5)
+    backend = dispatch.last()["compact"]
+    yield row("compact", ours, plain, f"{backend}; 236 MB moved")
+
+
+def bench_ply() -> Iterator[Row]:
+    """Reading a .ply of 1 million splats of degree 3, its pages in memory."""
+    from gencompress.splat.cloud import SplatCloud
+    from gencompress.splat.formats import read_splats, write_splats
+
+    g = torch.Generator().manual_seed(0)
+    num = 1_000_000
+    shapes = {"means": (3,), "quats": (4,), "scales": (3,), "opacities": (), "sh": (16, 3)}
+    cloud = SplatCloud(**{n: torch.randn(num, *s, generator=g) for n, s in shapes.items()})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "million.ply"
+        write_splats(path, cloud)
+        del cloud
+        raw = timed(lambda: np.fromfile(path, np.uint8), 5)
+        yield row("np.fromfile", raw, None, f"{path.stat().st_size / 1e6:.0f} MB")
+        yield row("read .ply", timed(lambda: read_splats(path), 5), raw, "against the bytes")
+        try:
+            import gsply
+        except ImportError:
+            return
+        yield row("gsply", timed(lambda: gsply.plyread(str(path)), 5), raw, "against the bytes")
+
+
+def bench_scoring() -> Iterator[Row]:
+    """100k splats scored over 24 views of 512x512, in a process of its own for its peak memory."""
+    code = "import bench, json; print(json.dumps(bench.score_once()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    found = json.loads(done.stdout)
+    note = f"peak memory {found['peak']:.0f} MB, of which {found['before']:.0f} MB before the views"
+    yield row("statistics, 24 views", [found["statistics"]], None, note)
+    yield row("removal errors, 24 views", [found["removal"]], None, note)
+
+
+def score_once() -> dict[str, float]:
+    scene, (viewmat, lens, size, _) = splats(100_000, -4.4), view()
+    rasterize_splats(*scene, viewmat, lens, 16, 16, statistics=True)
+    splat_removal_errors(*scene, viewmat, lens, 16, 16)
+    before = _peak()
+    result = {"before": before}
+    for name, run in (
+        ("statistics", lambda v: rasterize_splats(*scene, v, lens, size, size, statistics=True)),
+        ("removal", lambda v: splat_removal_errors(*scene, v, lens, size, size)),
+    ):
+        start = time.perf_counter()
+        for i in range(24):
+            turned = viewmat.clone()
+            turned[0, 0, 3] = 0.02 * i
+            run(turned)
+        result[name] = 1000 * (time.perf_counter() - start)
+    return result | {"peak": _peak()}
+
+
+def _peak() -> float:
+    """Megabytes; the system counts in kilobytes, on macOS in bytes."""
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+BENCHES = {
+    "rasterize": bench_rasterize,
+    "merge": bench_merge,
+    "select": bench_select,
+    "compact": bench_compact,
+    "ply": bench_ply,
+    "scoring": bench_scoring,
+}
+
+
+def machine() -> dict[str, object]:
+    """Where the numbers come from."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHES))
+    parser.add_argument("--json", type=Path, help="write the rows there, after each part")
+    args = parser.parse_args()
+    unknown = set(args.names) - set(BENCHES)
+    if unknown:
+        parser.error(f"unknown {', '.join(sorted(unknown))}; known: {', '.join(BENCHES)}")
+    result: dict[str, object] = {"machine": machine(), "rows": []}
+    print("  ".join(f"{k} {v}" for k, v in result["machine"].items()))
+    print(f"{'what':34}{'ms':>10}{'low':>10}{'high':>10}{'n':>3}{'ratio':>8}  note")
+    for name in args.names or BENCHES:
+        for r in BENCHES[name]():
+            result["rows"].append({"bench": name, **r})
+            ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
+            label = f"{name}: {r['name']}"
+            print(
+                f"{label:34}{r['ms']:10.1f}{r['low']:10.1f}{r['high']:10.1f}{r['repeats']:3}"
+                f"{ratio:>8}  {r['note']}",
+                flush=True,
+            )
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
