@@ -403,13 +403,14 @@ def _blend(records, order, offsets, pairs, width, height, planes, slots, statist
         tile = order[i]
         x0 = f32((tile % tiles_x) * TILE) + f32(0.5)
         y0 = f32((tile // tiles_x) * TILE) + f32(0.5)
-        plane = planes[tile]
+        plane = planes[tile].reshape(5 * PIXELS)
         plane[:] = f32(0.0)
-        _open_pixels(plane[3], x0, y0, width, height)
-        red, green, blue, left, depth = plane[0], plane[1], plane[2], plane[3], plane[4]
-        weights = np.zeros(TILE, f32)
+        left_of_all = plane[3 * PIXELS : 4 * PIXELS]
+        _open_pixels(left_of_all, x0, y0, width, height)
+        alphas = np.empty(TILE, f32)
+        weights = np.empty(TILE, f32)
         best = np.zeros(PIXELS, f32)
-        winner = np.full(PIXELS, -1, np.int64)
+        winner = np.full(PIXELS, -1, np.int32)
         alive = np.ones(TILE, np.uint8)
         num_alive = TILE
         start, end = offsets[tile], offsets[tile + 1]
@@ -419,42 +420,38 @@ def _blend(records, order, offsets, pairs, width, height, planes, slots, statist
                 break
             r = records[pairs[p]]
             cr, cg, cb, z = r[RED], r[GREEN], r[BLUE], r[DEPTH]
+            pair = np.int32(p - start)
             total, largest, touched = f32(0.0), f32(0.0), f32(0.0)
             for row in range(_first_row(r, y0), _last_row(r, y0)):
                 if alive[row] == 0:
                     continue
-                dy = r[Y] - (y0 + f32(row))
-                bend = r[B] * dy
-                lift = f32(0.5) * r[C] * dy * dy
-                base = row * TILE
-                most = f32(-1.0)
+                at = row * TILE
+                _row_alphas(r, x0, y0 + f32(row), alphas)
+                most = _row_weights(left_of_all[at : at + TILE], alphas, weights)
+                red = plane[at : at + TILE]
+                green = plane[at + PIXELS : at + PIXELS + TILE]
+                blue = plane[at + 2 * PIXELS : at + 2 * PIXELS + TILE]
+                depth = plane[at + 4 * PIXELS : at + 4 * PIXELS + TILE]
                 for x in range(TILE):
-                    t = left[base + x]
-                    alpha = _alpha(r, bend, lift, x0 + f32(x))
-                    alpha = alpha if t > f32(0.0) else f32(0.0)
-                    after = t * (f32(1.0) - alpha)
-                    stop = (after <= f32(MIN_TRANSMITTANCE)) & (t > f32(0.0))
-                    w = f32(0.0) if stop else alpha * t
-                    after = -t if stop else after
-                    left[base + x] = after
-                    red[base + x] += w * cr
-                    green[base + x] += w * cg
-                    blue[base + x] += w * cb
-                    depth[base + x] += w * z
-                    weights[x] = w
-                    most = max(most, after)
+                    red[x] += weights[x] * cr
+                    green[x] += weights[x] * cg
+                    blue[x] += weights[x] * cb
+                    depth[x] += weights[x] * z
                 if most <= f32(0.0):
                     alive[row] = 0
                     num_alive -= 1
                 if statistics:
+                    best_row, winner_row = best[at : at + TILE], winner[at : at + TILE]
                     for x in range(TILE):
                         w = weights[x]
                         total += w
                         largest = max(largest, w)
                         touched += f32(1.0) if w > f32(0.0) else f32(0.0)
-                        wins = w > best[base + x]
-                        best[base + x] = w if wins else best[base + x]
-                        winner[base + x] = p if wins else winner[base + x]
+                    for x in range(TILE):
+                        wins = weights[x] > best_row[x]
+                        winner_row[x] = pair if wins else winner_row[x]
+                    for x in range(TILE):
+                        best_row[x] = max(best_row[x], weights[x])
             if statistics:
                 slots[p, 0], slots[p, 1], slots[p, 2] = total, largest, touched
                 slots[p, 3] = f32(0.0)
@@ -462,9 +459,51 @@ def _blend(records, order, offsets, pairs, width, height, planes, slots, statist
             slots[end : offsets[tile + 1]] = f32(0.0)
             for x in range(PIXELS):
                 if winner[x] >= 0:
-                    slots[winner[x], 3] += f32(1.0)
+                    slots[start + winner[x], 3] += f32(1.0)
         for x in range(PIXELS):
-            left[x] = abs(left[x])
+            left_of_all[x] = abs(left_of_all[x])
+
+
+# The loops over a row below are short, alone and free of branches, on slices that start at 0:
+# written into one loop, the compiler sinks work behind a branch and gives up on vectors.
+
+
+@jit.inline
+def _row_alphas(r, x0, y, alphas):
+    """Alphas of a splat along a row of pixel centres (x0, y), (x0 + 1, y) ...; 0 below 1/255."""
+    center, half_a, opacity = r[X], f32(0.5) * r[A], r[OPACITY]
+    dy = r[Y] - y
+    bend = r[B] * dy
+    lift = f32(0.5) * r[C] * dy * dy
+    for x in range(TILE):
+        dx = center - (x0 + f32(x))
+        q = dx * (half_a * dx + bend) + lift
+        # beyond q = 5.6 alpha is under 1/255 whatever the opacity, and the polynomial is not exp
+        t = min(max(q, f32(0.0)), f32(5.6)) * f32(-0.125)
+        e = f32(1.0) + t * (E1 + t * (E2 + t * (E3 + t * (E4 + t * (E5 + t * E6)))))
+        e *= e
+        e *= e
+        e *= e
+        alpha = min(opacity * e, f32(MAX_ALPHA))
+        alphas[x] = alpha if alpha >= f32(MIN_ALPHA) else f32(0.0)
+
+
+@jit.inline
+def _row_weights(left, alphas, weights):
+    """Blends a row: weights from alphas, and the transmittance `left` moved on. Returns the
+    largest transmittance, which is not above 0 when every pixel is finished."""
+    for x in range(TILE):
+        t = left[x]
+        present = max(t, f32(0.0))
+        after = present * (f32(1.0) - alphas[x])
+        w = alphas[x] * present
+        stop = after <= f32(MIN_TRANSMITTANCE)
+        weights[x] = f32(0.0) if stop else w
+        left[x] = -abs(t) if stop else after
+    most = f32(-1.0)
+    for x in range(TILE):
+        most = max(most, left[x])
+    return most
 
 
 @jit.inline
@@ -487,18 +526,14 @@ def _last_row(r, y0):
 
 
 @jit.inline
-def _alpha(r, bend, lift, x):
-    """Alpha of a splat at column x, 0 below 1/255; bend = b dy and lift = c dy^2 / 2 of the row."""
-    dx = r[X] - x
-    q = dx * (f32(0.5) * r[A] * dx + bend) + lift
-    # beyond q = 5.6 alpha is under 1/255 whatever the opacity, and the polynomial is not exp
-    t = min(max(q, f32(0.0)), f32(5.6)) * f32(-0.125)
-    e = f32(1.0) + t * (E1 + t * (E2 + t * (E3 + t * (E4 + t * (E5 + t * E6)))))
-    e *= e
-    e *= e
-    e *= e
-    alpha = min(r[OPACITY] * e, f32(MAX_ALPHA))
-    return alpha if alpha >= f32(MIN_ALPHA) else f32(0.0)
+def _row_change(behind, weights, gains, color, change):
+    """One channel: takes a splat's share out of what lies behind, and says how much the pixel
+    would change without it."""
+    for x in range(TILE):
+        share = weights[x] * color
+        rest = behind[x] - share
+        behind[x] = rest
+        change[x] = gains[x] * rest - share
 
 
 @jit.parallel
@@ -515,15 +550,13 @@ def _pair_changes(records, order, offsets, pairs, width, height, planes, residua
         tile = order[i]
         x0 = f32((tile % tiles_x) * TILE) + f32(0.5)
         y0 = f32((tile // tiles_x) * TILE) + f32(0.5)
-        behind = planes[tile].copy()
-        red, green, blue, last = behind[0], behind[1], behind[2], behind[3]
+        behind = planes[tile].reshape(5 * PIXELS).copy()
         missing = residuals[tile if correcting else 0 : tile + 1 if correcting else 0]
         left = np.zeros(PIXELS, f32)
         _open_pixels(left, x0, y0, width, height)
-        row_values = np.zeros((5, TILE), f32)
-        weights, to_red, to_green, to_blue, leaks = (
-            row_values[0], row_values[1], row_values[2], row_values[3], row_values[4],
-        )  # fmt: skip
+        alphas, weights = np.empty(TILE, f32), np.empty(TILE, f32)
+        gains, leaks = np.empty(TILE, f32), np.empty(TILE, f32)
+        to_red, to_green, to_blue = np.empty(TILE, f32), np.empty(TILE, f32), np.empty(TILE, f32)
         alive = np.ones(TILE, np.uint8)
         num_alive = TILE
         start, end = offsets[tile], offsets[tile + 1]
@@ -538,50 +571,43 @@ def _pair_changes(records, order, offsets, pairs, width, height, planes, residua
             for row in range(_first_row(r, y0), _last_row(r, y0)):
                 if alive[row] == 0:
                     continue
-                dy = r[Y] - (y0 + f32(row))
-                bend = r[B] * dy
-                lift = f32(0.5) * r[C] * dy * dy
-                base = row * TILE
-                most = f32(-1.0)
-                for x in range(TILE):
-                    t = left[base + x]
-                    alpha = _alpha(r, bend, lift, x0 + f32(x))
-                    alpha = alpha if t > f32(0.0) else f32(0.0)
-                    after = t * (f32(1.0) - alpha)
-                    stop = (after <= f32(MIN_TRANSMITTANCE)) & (t > f32(0.0))
-                    alpha = f32(0.0) if stop else alpha
-                    after = -t if stop else after
-                    w = alpha * max(t, f32(0.0))
-                    left[base + x] = after
-                    gain = alpha / (f32(1.0) - alpha)
-                    red[base + x] -= w * cr
-                    green[base + x] -= w * cg
-                    blue[base + x] -= w * cb
-                    leak = gain * last[base + x]
-                    dr = gain * red[base + x] - w * cr
-                    dg = gain * green[base + x] - w * cg
-                    db = gain * blue[base + x] - w * cb
-                    # the mean over black and white of the squared change
-                    total += dr * dr + dg * dg + db * db + leak * (dr + dg + db + f32(1.5) * leak)
-                    most = max(most, after)
-                    weights[x], leaks[x] = w, leak
-                    to_red[x], to_green[x], to_blue[x] = dr, dg, db
-                if most <= f32(0.0):
+                at = row * TILE
+                _row_alphas(r, x0, y0 + f32(row), alphas)
+                if _row_weights(left[at : at + TILE], alphas, weights) <= f32(0.0):
                     alive[row] = 0
                     num_alive -= 1
+                last = behind[at + 3 * PIXELS : at + 3 * PIXELS + TILE]
+                for x in range(TILE):
+                    # 0 where nothing was blended, so that nothing changes there
+                    gain = alphas[x] / (f32(1.0) - alphas[x])
+                    gains[x] = gain if weights[x] > f32(0.0) else f32(0.0)
+                for x in range(TILE):
+                    leaks[x] = gains[x] * last[x]
+                _row_change(behind[at : at + TILE], weights, gains, cr, to_red)
+                _row_change(behind[at + PIXELS : at + PIXELS + TILE], weights, gains, cg, to_green)
+                _row_change(
+                    behind[at + 2 * PIXELS : at + 2 * PIXELS + TILE], weights, gains, cb, to_blue
+                )
+                for x in range(TILE):
+                    dr, dg, db, leak = to_red[x], to_green[x], to_blue[x], leaks[x]
+                    # the mean over black and white of the squared change
+                    total += dr * dr + dg * dg + db * db + leak * (dr + dg + db + f32(1.5) * leak)
                 if correcting:
-                    miss = missing[0]
+                    miss = missing[0].reshape(4 * PIXELS)
+                    miss_red = miss[at : at + TILE]
+                    miss_green = miss[at + PIXELS : at + PIXELS + TILE]
+                    miss_blue = miss[at + 2 * PIXELS : at + 2 * PIXELS + TILE]
+                    miss_left = miss[at + 3 * PIXELS : at + 3 * PIXELS + TILE]
                     for x in range(TILE):
-                        w, leak = weights[x], leaks[x]
-                        mr, mg = miss[0, base + x], miss[1, base + x]
-                        mb, ml = miss[2, base + x], miss[3, base + x]
-                        weight += w
-                        sum_red += w * (mr + f32(0.5) * ml)
-                        sum_green += w * (mg + f32(0.5) * ml)
-                        sum_blue += w * (mb + f32(0.5) * ml)
-                        along += to_red[x] * mr + to_green[x] * mg + to_blue[x] * mb
-                        along += f32(0.5) * leak * (mr + mg + mb + f32(3.0) * ml)
-                        along += f32(0.5) * ml * (to_red[x] + to_green[x] + to_blue[x])
+                        half = f32(0.5) * miss_left[x]
+                        mr, mg, mb = miss_red[x], miss_green[x], miss_blue[x]
+                        weight += weights[x]
+                        sum_red += weights[x] * (mr + half)
+                        sum_green += weights[x] * (mg + half)
+                        sum_blue += weights[x] * (mb + half)
+                        along += to_red[x] * (mr + half) + to_green[x] * (mg + half)
+                        along += to_blue[x] * (mb + half)
+                        along += leaks[x] * (f32(0.5) * (mr + mg + mb) + f32(3.0) * half)
             slots[p, 0] = total
             if correcting:
                 slots[p, 1], slots[p, 2] = along, weight
