@@ -155,8 +155,10 @@ def test_early_stop_leaves_out_the_splat_that_would_pass_it(backend, device):
         background=torch.ones(3, device=device), backend=backend,
     )  # fmt: skip
     statistics = out.statistics[0].cpu()
-    expected = torch.tensor([0.9, 0.09, 0.008, 0.0, 0.0])
+    # the fourth ends every pixel: it counts in the maximum, but is not blended
+    expected = torch.tensor([0.9, 0.09, 0.008, 0.99 * 0.002, 0.0])
     assert torch.allclose(statistics[:, 1], expected, atol=2e-6)
+    assert (statistics[3:, [0, 2, 3]] == 0).all() and (statistics[:3, 0] > 0).all()
     # the fifth would not have passed it, but a finished pixel stays finished
     assert statistics[:, 2].tolist() == [360, 360, 360, 0, 0]
     assert statistics[:, 3].tolist() == [360, 0, 0, 0, 0]

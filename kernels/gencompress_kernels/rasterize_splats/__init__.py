@@ -44,7 +44,8 @@ def rasterize_splats(
     transmittance to 1e-4 or less ends the pixel and is not blended. Equal depths blend in index
     order; of equal weights the front-most counts as largest. `antialiased` scales the opacity by
     the square root of the determinant ratio that the 0.3 px^2 blur causes (Mip-Splatting). A splat
-    wider than 1e9 pixels is not drawn.
+    wider than 1e9 pixels is not drawn. In the statistics, max of w counts the splat that ends a
+    pixel with the weight it would have had: a splat whose max is 0 can go without changing a bit.
 
     float32 on every backend; `reference` also takes float64. All inputs share dtype and device.
     No gradients yet. Statistics have N rows if asked for, else 0 rows. Deterministic.

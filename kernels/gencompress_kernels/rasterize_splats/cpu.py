@@ -407,8 +407,8 @@ def _blend(records, order, offsets, pairs, width, height, planes, slots, statist
         plane[:] = f32(0.0)
         left_of_all = plane[3 * PIXELS : 4 * PIXELS]
         _open_pixels(left_of_all, x0, y0, width, height)
-        alphas = np.empty(TILE, f32)
-        weights = np.empty(TILE, f32)
+        alphas, weights = np.empty(TILE, f32), np.empty(TILE, f32)
+        reached = np.empty(TILE, f32)
         best = np.zeros(PIXELS, f32)
         winner = np.full(PIXELS, -1, np.int32)
         alive = np.ones(TILE, np.uint8)
@@ -427,7 +427,7 @@ def _blend(records, order, offsets, pairs, width, height, planes, slots, statist
                     continue
                 at = row * TILE
                 _row_alphas(r, x0, y0 + f32(row), alphas)
-                most = _row_weights(left_of_all[at : at + TILE], alphas, weights)
+                most = _row_weights(left_of_all[at : at + TILE], alphas, weights, reached)
                 red = plane[at : at + TILE]
                 green = plane[at + PIXELS : at + PIXELS + TILE]
                 blue = plane[at + 2 * PIXELS : at + 2 * PIXELS + TILE]
@@ -445,7 +445,7 @@ def _blend(records, order, offsets, pairs, width, height, planes, slots, statist
                     for x in range(TILE):
                         w = weights[x]
                         total += w
-                        largest = max(largest, w)
+                        largest = max(largest, reached[x])
                         touched += f32(1.0) if w > f32(0.0) else f32(0.0)
                     for x in range(TILE):
                         wins = weights[x] > best_row[x]
@@ -489,15 +489,17 @@ def _row_alphas(r, x0, y, alphas):
 
 
 @jit.inline
-def _row_weights(left, alphas, weights):
-    """Blends a row: weights from alphas, and the transmittance `left` moved on. Returns the
-    largest transmittance, which is not above 0 when every pixel is finished."""
+def _row_weights(left, alphas, weights, reached):
+    """Blends a row: weights from alphas, and the transmittance `left` moved on. `reached` is the
+    weight before the stop zeroes it. Returns the largest transmittance, which is not above 0 when
+    every pixel is finished."""
     for x in range(TILE):
         t = left[x]
         present = max(t, f32(0.0))
         after = present * (f32(1.0) - alphas[x])
         w = alphas[x] * present
         stop = after <= f32(MIN_TRANSMITTANCE)
+        reached[x] = w
         weights[x] = f32(0.0) if stop else w
         left[x] = -abs(t) if stop else after
     most = f32(-1.0)
@@ -573,7 +575,7 @@ def _pair_changes(records, order, offsets, pairs, width, height, planes, residua
                     continue
                 at = row * TILE
                 _row_alphas(r, x0, y0 + f32(row), alphas)
-                if _row_weights(left[at : at + TILE], alphas, weights) <= f32(0.0):
+                if _row_weights(left[at : at + TILE], alphas, weights, gains) <= f32(0.0):
                     alive[row] = 0
                     num_alive -= 1
                 last = behind[at + 3 * PIXELS : at + 3 * PIXELS + TILE]

@@ -46,7 +46,7 @@ def forward(
     first = means.new_zeros(num)
     colors, alphas, depths = [], [], []
     for pixels in _pixel_chunks(width, height, splats["index"].shape[0], means):
-        weights, _, left = blend_weights(splats, pixels)
+        weights, strengths, left = blend_weights(splats, pixels)
         colors.append(weights @ splats["colors"] + left[:, None] * background)
         alphas.append(1 - left)
         depths.append(weights @ splats["depths"])
@@ -54,7 +54,9 @@ def forward(
             index = splats["index"]
             total.index_add_(0, index, weights.sum(0))
             count.index_add_(0, index, (weights > 0).to(weights.dtype).sum(0))
-            largest[index] = torch.maximum(largest[index], weights.amax(0))
+            before = torch.cumprod(1 - strengths, 1) / (1 - strengths)
+            reached = torch.where(before > MIN_TRANSMITTANCE, strengths * before, 0)
+            largest[index] = torch.maximum(largest[index], reached.amax(0))
             best, winner = weights.max(1)
             hits = torch.bincount(winner[best > 0], minlength=weights.shape[1])
             first.index_add_(0, index, hits.to(first.dtype))
