@@ -256,8 +256,8 @@ def _holding(
 def count_within(cloud: SplatCloud, found: Tensor, budget: Budget, suffix: str) -> int:
     """How many splats the budget leaves, at least one.
 
-    Bytes are those of a file with this suffix: exact for formats of a fixed size a splat, a first
-    estimate for .spz and .sog, from encoding the best-scored half.
+    Bytes are those of the best-scored splats as a file with this suffix: exact for formats of a
+    fixed size a splat, a first estimate for .spz and .sog.
 
     Raises ValueError for a unit splats do not have, and for a budget below one splat.
     """
@@ -266,11 +266,10 @@ def count_within(cloud: SplatCloud, found: Tensor, budget: Budget, suffix: str) 
         count = int(budget.amount * num + 1e-9) if budget.relative else int(budget.amount)
     elif budget.unit == "bytes":
         limit = _bytes_limit(cloud, budget, suffix)
-        half = compact(cloud, {"main": top({GROUP: found}, count=max(1, num // 2))})
-        full_size = quality.encoded_bytes(cloud, suffix)
-        half_size = quality.encoded_bytes(half, suffix)
-        slope = (full_size - half_size) / max(1, num - len(half)) or 1.0
-        count = int((limit - half_size) / slope + len(half))
+        order = found.argsort(descending=True, stable=True)
+        count = _largest_within(
+            num, limit, lambda n: quality.encoded_bytes(_rows(cloud, order[:n]), suffix)
+        )
     else:
         raise ValueError(f"a budget in {budget.unit}: splats are counted, or weighed in bytes")
     count = min(count, num)
@@ -280,6 +279,31 @@ def count_within(cloud: SplatCloud, found: Tensor, budget: Budget, suffix: str) 
     if count < 1 or count > num:
         raise ValueError(f"the budget leaves {count} of {num} splats, expected 1 to {num}")
     return count
+
+
+def _largest_within(num: int, limit: float, size: Callable[[int], int]) -> int:
+    """The largest count whose size is within the limit, to 1% for sizes that are not a line."""
+    low, high = 1, num
+    low_size, high_size = size(1), size(num)
+    if high_size <= limit:
+        return num
+    if low_size > limit:
+        raise ValueError(f"a budget of {limit:.0f} bytes does not hold one splat ({low_size})")
+    for _ in range(10):
+        if high - low <= 1:
+            break
+        guess = low + int((limit - low_size) / (high_size - low_size) * (high - low))
+        guess = min(max(guess, low + 1), high - 1)
+        at = size(guess)
+        if at <= limit:
+            low, low_size = guess, at
+        else:
+            high, high_size = guess, at
+    return low
+
+
+def _rows(cloud: SplatCloud, index: Tensor) -> SplatCloud:
+    return with_tensors(cloud, {name: field[index] for name, field in tensors(cloud).items()})
 
 
 def _bytes_limit(cloud: SplatCloud, budget: Budget, suffix: str) -> float | None:

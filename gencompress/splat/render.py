@@ -20,14 +20,16 @@ FLAT = 1e-6  # third axis of a 2DGS surfel drawn as a flat splat, as a share of 
 
 def activate(cloud: SplatCloud) -> dict[str, Tensor]:
     """What the rasterizer takes: means, quats, scales [N, 3], opacities in [0, 1], sh."""
-    scales = cloud.scales.exp()
+    # in float64, then rounded: torch's float32 exp and sigmoid differ by a bit between the body and
+    # the tail of an array, so a splat's value would depend on how many others there are
+    scales = cloud.scales.double().exp().float()
     if scales.shape[1] == 2:
         scales = torch.cat([scales, FLAT * scales.amin(1, keepdim=True)], 1)
     return {
         "means": cloud.means,
         "quats": cloud.quats,
         "scales": scales,
-        "opacities": cloud.opacities.sigmoid(),
+        "opacities": cloud.opacities.double().sigmoid().float(),
         "sh": cloud.sh,
     }
 

@@ -1,0 +1,219 @@
+"""The command line as a user meets it: exit codes, messages, what is left on disk."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from splat.scene_samples import ball
+
+from gencompress import cli, recipe
+from gencompress.artifact import read_artifact, verify
+from gencompress.measure.cost import file_bytes
+from gencompress.splat.formats import read_splats, write_splats
+
+QUICK = ["--set", "num_views=2", "--set", "size=32", "--quiet"]
+
+
+@pytest.fixture
+def scene(tmp_path):
+    write_splats(tmp_path / "a.ply", ball(300))
+    return tmp_path / "a.ply"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        # the consoles are made at import; let them write where capsys looks
+        monkeypatch.setattr(cli.out_console, "file", None)
+        monkeypatch.setattr(cli.err_console, "file", None)
+        monkeypatch.setattr(sys, "argv", ["gencompress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            sys.exit(0)
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run
+
+
+def test_compress_measure_sample_report(call, scene, tmp_path):
+    code, out, _ = call(
+        "compress", "splat", scene, "--keep", "50%", "--out", tmp_path / "r", *QUICK
+    )
+    assert code == 0 and "150 splats" in out
+    artifact = read_artifact(tmp_path / "r")
+    assert verify(artifact) == []
+    assert len(read_splats(tmp_path / "r" / "model" / "scene.ply")) == 150
+
+    code, out, _ = call("measure", tmp_path / "r")
+    assert code == 0 and "DIFFERS" not in out and out.count("same") >= 4
+    code, out, _ = call("sample", tmp_path / "r", "--out", tmp_path / "s")
+    assert code == 0 and len(list((tmp_path / "s").glob("*.png"))) == 2
+    code, out, _ = call("report", tmp_path / "r", "--out", tmp_path / "page")
+    assert code == 0 and (tmp_path / "page" / "report.html").is_file()
+    code, out, _ = call("info", tmp_path / "r", "--json")
+    assert code == 0 and json.loads(out)["splats"] == 150
+
+
+@pytest.mark.parametrize("suffix", [".ply", ".compressed.ply", ".splat", ".spz", ".sog"])
+def test_compress_to_a_file(call, scene, tmp_path, suffix):
+    out = tmp_path / f"b{suffix}"
+    assert call("compress", "splat", scene, "--keep", "40", "--out", out, *QUICK)[0] == 0
+    assert len(read_splats(out)) == 40
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ply", out.name]
+
+
+def test_json_is_all_that_stdout_holds(call, scene, tmp_path):
+    code, out, _ = call(
+        "compress", "splat", scene, "--keep", "50%", "--out", tmp_path / "r", "--json", *QUICK
+    )
+    rows = {row["name"]: row for row in json.loads(out)["measurements"]}
+    assert code == 0 and rows["splats"]["after"] == 150
+    assert rows["file size"]["after"] == file_bytes(tmp_path / "r" / "model")
+
+
+def test_dry_run_predicts_and_writes_nothing(call, scene, tmp_path):
+    code, out, _ = call("compress", "splat", scene, "--keep", "120", "--dry-run", "--json", *QUICK)
+    found = json.loads(out)
+    assert code == 0 and [p.name for p in tmp_path.iterdir()] == ["a.ply"]
+    call("compress", "splat", scene, "--keep", "120", "--out", tmp_path / "b.ply", *QUICK)
+    assert found["splats"] == 120 and found["bytes"] == file_bytes(tmp_path / "b.ply")
+
+
+@pytest.mark.parametrize("name", ["r", "b.ply"])
+def test_an_existing_output_is_kept(call, scene, tmp_path, name):
+    out = tmp_path / name
+    out.write_text("mine")
+    arguments = ["compress", "splat", scene, "--keep", "50%", "--out", out, *QUICK]
+    code, _, err = call(*arguments)
+    assert code == 1 and name in err and out.read_text() == "mine"
+    if name == "b.ply":
+        assert call(*arguments, "--overwrite")[0] == 0
+        assert len(read_splats(out)) == 150
+
+
+def test_input_is_not_overwritten(call, scene):
+    before = scene.read_bytes()
+    for extra in ([], ["--overwrite"]):
+        code, _, err = call(
+            "compress", "splat", scene, "--keep", "9", "--out", scene, *QUICK, *extra
+        )
+        assert code == 1 and "a.ply" in err and scene.read_bytes() == before
+        code, _, err = call("convert", scene, scene, *extra)
+        assert code == 1 and scene.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--keep", "0"], "above 0"),
+        (["--keep", "120%"], "at most 100%"),
+        (["--keep", "abc"], "not a budget"),
+        (["--set", "scor=opacity"], "known: score"),
+        (["--recipe", "nothing"], "no such recipe"),
+        (["--keep", "9", "--min-psnr", "30"], "one of them"),
+    ],
+)
+def test_settings_that_are_wrong_exit_2(call, scene, tmp_path, arguments, says):
+    code, _, err = call("compress", "splat", scene, "--out", tmp_path / "r", *arguments)
+    assert code == 2 and says in err and not (tmp_path / "r").exists()
+
+
+def test_a_method_or_output_that_is_missing_exits_2(call, scene):
+    assert call("compress", "magic", scene, "--out", "r")[0] == 2
+    assert call("compress", "splat", scene)[0] == 2
+    assert call("compress", "splat")[0] == 2
+
+
+def damaged(path, kind):
+    data = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(data[:-100])
+    elif kind == "count":
+        path.write_bytes(data.replace(b"vertex 300", b"vertex 999999999"))
+    elif kind == "magic":
+        path.write_bytes(b"plx" + data[3:])
+    elif kind == "empty":
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("kind", ["truncated", "count", "magic", "empty"])
+def test_a_damaged_file_is_one_clear_error(call, scene, tmp_path, kind):
+    damaged(scene, kind)
+    code, _, err = call("compress", "splat", scene, "--keep", "9", "--out", tmp_path / "r", *QUICK)
+    assert code == 1 and "a.ply" in err and len(err.strip().splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ply"]
+
+
+def test_a_target_or_folder_that_is_not_there(call, scene, tmp_path):
+    code, _, err = call("compress", "splat", tmp_path / "b.ply", "--out", tmp_path / "r", *QUICK)
+    assert code == 1 and "still_life" in err
+    code, _, err = call("compress", "splat", scene, "--out", tmp_path / "no" / "b.ply", *QUICK)
+    assert code == 1 and "does not exist" in err
+
+
+def test_values_that_are_not_finite(call, scene, tmp_path, caplog):
+    import struct
+
+    data = bytearray(scene.read_bytes())
+    data[-4:] = struct.pack("<f", float("nan"))
+    scene.write_bytes(data)
+    out = tmp_path / "b.spz"
+    code, _, err = call("convert", scene, out, "--strict")
+    assert code == 1 and "1 of 300" in err and not out.exists()
+    assert call("convert", scene, out)[0] == 0 and len(read_splats(out)) == 299
+    assert "dropped 1 of 300" in caplog.text
+
+
+def test_convert_there_and_back(call, scene, tmp_path):
+    for middle in ("b.spz", "b.sog"):
+        assert call("convert", scene, tmp_path / middle)[0] == 0
+        assert call("convert", tmp_path / middle, tmp_path / f"{middle}.ply")[0] == 0
+        back = read_splats(tmp_path / f"{middle}.ply").means.sort(0).values
+        assert (back - read_splats(scene).means.sort(0).values).abs().max() < 1e-3
+
+
+def test_list_info_backends(call, scene):
+    code, out, _ = call("list", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["methods"] == ["splat"] and "still_life" in found["scenes"]
+    code, out, _ = call("info", scene, "--json")
+    assert code == 0 and json.loads(out)["count"] == 300
+    code, out, _ = call("backends", "--json")
+    found = json.loads(out)
+    assert found["rasterize_splats"]["cpu"] == "yes"
+    assert found["rasterize_splats"]["cuda"] not in ("yes", "")
+
+
+def test_demo_on_a_small_scene(call, scene, tmp_path, monkeypatch):
+    small = tmp_path / "small.toml"
+    small.write_text(
+        f'method = "splat"\ntarget = "{scene}"\nbudget = "50%"\n'
+        "config = { num_views = 2, size = 32, curve = [0.25] }\n"
+    )
+    monkeypatch.setattr(cli, "shipped_recipes", lambda: {"splat-demo": small})
+    code, out, _ = call("demo", "--out", tmp_path / "d", "--quiet")
+    page = tmp_path / "d" / "report.html"
+    assert code == 0 and page.is_file() and "150 splats" in out
+    assert call("demo", "--out", tmp_path / "d", "--quiet")[0] == 1
+    assert recipe.shipped_recipes().keys() >= {"splat-demo"}  # the real one is there
+
+
+def test_python_in_one_call(scene, tmp_path):
+    import gencompress
+
+    smaller = gencompress.compress(scene, method="splat", keep="60", num_views=2, size=32)
+    assert len(smaller) == 60 and type(smaller).__name__ == "SplatCloud"
+
+
+def test_help_is_light():
+    code = "import sys, gencompress, gencompress.cli; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+    run = subprocess.run(
+        [sys.executable, "-m", "gencompress", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "compress" in run.stdout and "backends" in run.stdout

@@ -1,0 +1,31 @@
+"""Every method offers the same names, so that who knows one knows all."""
+
+import dataclasses
+import importlib
+import inspect
+
+import pytest
+
+from gencompress.run import METHODS
+
+FIRST = {
+    "load": ["target", "data", "device", "dtype", "config"],
+    "score": ["model", "data", "config", "generator"],
+    "apply": ["model", "masks"],
+    "compress": ["model", "data", "budget", "config", "generator", "workdir"],
+    "measure": ["before", "after", "data"],
+    "save": ["result", "folder", "config", "data"],
+    "restore": ["folder"],
+}
+OWN_NAME = {"splat": "cloud"}  # what a method calls its model
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_names_and_signatures(name):
+    package = importlib.import_module(METHODS[name])
+    assert dataclasses.is_dataclass(package.Config)
+    assert package.Config.__dataclass_params__.frozen
+    for function, wanted in FIRST.items():
+        found = list(inspect.signature(getattr(package, function)).parameters)
+        wanted = [OWN_NAME[name] if w == "model" else w for w in wanted]
+        assert found[: len(wanted)] == wanted, function
