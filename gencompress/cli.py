@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import gencompress
@@ -38,6 +39,8 @@ app = typer.Typer(
 )
 out_console = Console()
 err_console = Console(stderr=True)
+# a path is no markup, and stays in one line
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -50,9 +53,7 @@ def main() -> None:
     try:
         app()
     except (RecipeError, FormatError, OSError, ValueError, RuntimeError) as problem:
-        err_console.print(
-            f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        err_console.print(f"error: {problem}", style="red", **PLAIN)
         sys.exit(2 if isinstance(problem, RecipeError) else 1)
 
 
@@ -82,16 +83,16 @@ def demo(
         _known_method(name)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: exists already; choose another --out or --overwrite")
+    recipes = {name: read_recipe(shipped_recipes()[f"{name}-demo"]) for name in names}
     out.mkdir(parents=True, exist_ok=True)
     folders = []
     for name in names:
-        recipe = read_recipe(shipped_recipes()[f"{name}-demo"])
         with _progress(name, quiet) as say:
-            folders.append(run(recipe, out / name, overwrite=overwrite, progress=say).folder)
+            folders.append(run(recipes[name], out / name, overwrite=overwrite, progress=say).folder)
     page = write_report(folders, out, title="gencompress demo", overwrite=overwrite)
     for folder in folders:
         _show(read_artifact(folder))
-    out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    out_console.print(f"report: {page}", **PLAIN)
 
 
 @app.command()
@@ -117,14 +118,19 @@ def compress(
 
     _known_method(method)
     plan = _plan(method, target, keep, min_psnr, views, recipe, settings, seed, device)
+    to_file = out is not None and bool(out.suffix) and not out.is_dir()
+    if out is not None and to_file:
+        plan = dataclasses.replace(plan, config={**plan.config, "format": _suffix(out)})
     if dry_run:
+        if plan.config.get("min_psnr"):
+            raise RecipeError("--dry-run: what min_psnr leaves is found by trying only")
         found = predict(plan, strict=strict)
         _print_values(found, as_json)
         return
     if out is None:
         raise RecipeError("--out is missing: a folder for the artifact, or a model file")
     with _progress(method, quiet) as say:
-        if out.suffix and not out.is_dir():
+        if to_file:
             artifact, path = _to_file(run, plan, out, strict, overwrite, say)
         else:
             artifact = run(plan, out, strict=strict, overwrite=overwrite, progress=say)
@@ -134,7 +140,7 @@ def compress(
         _print_values({"model": str(path), "measurements": rows}, True)
     else:
         _show(artifact)
-        out_console.print(f"model: {path}", highlight=False, soft_wrap=True)
+        out_console.print(f"model: {path}", **PLAIN)
 
 
 @app.command("list")
@@ -165,7 +171,7 @@ def convert(source: str, out: Path, strict: Strict = False, overwrite: Overwrite
     from gencompress import run
 
     count = run.convert(source, out, strict=strict, overwrite=overwrite)
-    out_console.print(f"{out}: {count:,} splats", highlight=False, soft_wrap=True)
+    out_console.print(f"{out}: {count:,} splats", **PLAIN)
 
 
 @app.command()
@@ -181,7 +187,7 @@ def sample(
     with writing(out, overwrite=overwrite) as part:
         part.mkdir()
         paths = package.sample(model, data, part)
-    out_console.print(f"{out}: {len(paths)} pictures", highlight=False, soft_wrap=True)
+    out_console.print(f"{out}: {len(paths)} pictures", **PLAIN)
 
 
 @app.command()
@@ -216,7 +222,7 @@ def report(
     from gencompress.report import write_report
 
     page = write_report(paths, out, title=title, overwrite=overwrite)
-    out_console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    out_console.print(f"report: {page}", **PLAIN)
 
 
 @app.command()
@@ -269,7 +275,7 @@ def _plan(
     for name, value in (("target", target), ("seed", seed), ("device", device)):
         if value is not None:
             values[name] = value
-    if keep is not None and min_psnr > 0:
+    if keep is not None and min_psnr:
         raise RecipeError("--keep and --min-psnr: give one of them")
     if keep is not None:
         try:
@@ -279,7 +285,7 @@ def _plan(
         values["budget"] = keep
     if views is not None:
         values["data"] = {**values.get("data", {}), "views": views}
-    if min_psnr > 0:
+    if min_psnr:
         values["budget"] = "100%"
         values["config"] = {**values.get("config", {}), "min_psnr": float(min_psnr)}
     values.setdefault("budget", "50%")
@@ -293,6 +299,11 @@ def _setting(text: str) -> str:
     known = ("seed", "device", "dtype", "target", "budget")
     name = text.partition("=")[0].strip()
     return text if "." in name or name in known else f"config.{text}"
+
+
+def _suffix(out: Path) -> str:
+    name = out.name.lower()
+    return ".compressed.ply" if name.endswith(".compressed.ply") else out.suffix
 
 
 def _to_file(
@@ -313,8 +324,6 @@ def _to_file(
         raise FileExistsError(f"{out}: input and output are the same file")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
-    suffix = "".join(out.suffixes[-2:]) if out.name.endswith(".compressed.ply") else out.suffix
-    plan = dataclasses.replace(plan, config={**plan.config, "format": suffix})
     with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
         artifact = run(plan, Path(folder) / "artifact", strict=strict, progress=say)
         with writing(out, overwrite=overwrite) as part:
@@ -345,7 +354,9 @@ def _progress(name: str, quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 def _show(artifact: Artifact) -> None:
-    table = Table("", "before", "after", title=artifact.manifest["title"], title_justify="left")
+    table = Table(
+        "", "before", "after", title=escape(artifact.manifest["title"]), title_justify="left"
+    )
     for row in artifact.measurements:
         table.add_row(row.name, _number(row.before, row.unit), _number(row.after, row.unit))
     out_console.print(table)
@@ -360,7 +371,7 @@ def _print_values(values: dict[str, Any], as_json: bool) -> None:
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
-        out_console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
+        out_console.print(f"{name}: {value}", **PLAIN)
 
 
 def _number(value: float | None, unit: str) -> str:

@@ -39,7 +39,14 @@ def writing(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield part
         if path.is_dir() and not path.is_symlink():
+            # a folder cannot be replaced in one step; if the second fails, the first is undone
             os.rename(path, holder / "replaced")
-        os.replace(part, path)
+            try:
+                os.replace(part, path)
+            except BaseException:
+                os.rename(holder / "replaced", path)
+                raise
+        else:
+            os.replace(part, path)
     finally:
         shutil.rmtree(holder, ignore_errors=True)

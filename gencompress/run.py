@@ -53,14 +53,19 @@ def run(
     Raises:
         RecipeError: a setting is wrong.
         FormatError: an input file is.
-        FileExistsError: `out` exists and `overwrite` is False.
+        FileExistsError: `out` exists and `overwrite` is False, or holds the input.
+        FileNotFoundError: there is no such target, or no folder to hold `out`.
     """
     out = Path(out)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: exists already; choose another name or --overwrite")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
     package, config, generator = _prepare(recipe)
     progress("loading")
     target = resolve(recipe.target)
+    if target.resolve().is_relative_to(out.resolve()):
+        raise FileExistsError(f"{out}: holds the input {target}; choose another name")
     before, data = package.load(
         str(target), recipe.data, recipe.device, recipe.dtype, config, strict
     )
@@ -90,7 +95,7 @@ def run(
             save_model=lambda folder: shutil.copytree(saved, folder, dirs_exist_ok=True),
             save_preview=lambda folder: package.preview(before, after, data, folder),
             title=title or f"{target.name}, {recipe.method}",
-            criterion=str(recipe.config.get("score", "")),
+            criterion=str(getattr(config, "score", "")),
             digest=_digest(recipe),
             overwrite=overwrite,
         )
@@ -112,7 +117,7 @@ def predict(recipe: Recipe, *, strict: bool = False) -> dict[str, Any]:
 def measure_again(artifact: Artifact) -> list[Measurement]:
     """Measures the saved model of an artifact against its target, as when it was made.
 
-    Raises RecipeError if the target is no longer where the recipe says.
+    Raises FileNotFoundError if the target is no longer where the recipe says.
     """
     package, before, data, _ = reopen(artifact)
     target = resolve(artifact.manifest["recipe"]["target"])
@@ -159,11 +164,15 @@ def convert(source: str | Path, out: str | Path, *, strict: bool, overwrite: boo
     from gencompress.splat.formats import read_splats, write_splats
 
     source, out = resolve(source), Path(out)
-    if (source / "manifest.json").is_file():
-        source = model_path(read_artifact(source))
+    artifact = read_artifact(source) if (source / "manifest.json").is_file() else None
+    if artifact:
+        source = model_path(artifact)
     if out.exists() and out.resolve() == source.resolve():
         raise FileExistsError(f"{out}: input and output are the same file")
-    cloud = read_splats(source, strict=strict)
+    if artifact:
+        cloud = method(artifact.manifest["method"]).restore(artifact.folder / "model")
+    else:
+        cloud = read_splats(source, strict=strict)
     write_splats(out, cloud, overwrite=overwrite)
     return len(cloud)
 
@@ -186,10 +195,10 @@ def compress(
     recipe = Recipe(method, str(target), parse_budget(keep), data or {}, settings, seed)
     if out is not None:
         artifact = run(recipe, out)
-        return importlib.import_module(METHODS[method]).restore(model_path(artifact).parent)
+        return importlib.import_module(METHODS[method]).restore(artifact.folder / "model")
     with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
         artifact = run(recipe, Path(folder) / "artifact")
-        return importlib.import_module(METHODS[method]).restore(model_path(artifact).parent)
+        return importlib.import_module(METHODS[method]).restore(artifact.folder / "model")
 
 
 def _prepare(recipe: Recipe) -> tuple[ModuleType, Any, Any]:
@@ -207,7 +216,8 @@ def _file_size(before: Path, after: Path) -> Measurement:
 def _bytes(path: Path) -> int:
     from gencompress.measure.cost import file_bytes
 
-    return file_bytes(path)
+    # the file that names the others of its folder stands for all of them
+    return file_bytes(path.parent if path.name.lower() == "meta.json" else path)
 
 
 def _digest(recipe: Recipe) -> str:

@@ -45,6 +45,7 @@ def scene(about: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
         raise FormatError(about, f"not a scene: {problem}") from None
     name = values.get("file")
-    if not isinstance(name, str) or Path(name).name != name:
+    beside = isinstance(name, str) and Path(name).name == name and (about.parent / name).is_file()
+    if not beside:
         raise FormatError(about, f"file = {name!r}: expected the name of a file beside it")
     return values

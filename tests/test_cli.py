@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, messages, what is left on disk."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -210,10 +211,182 @@ def test_python_in_one_call(scene, tmp_path):
 
 
 def test_help_is_light():
-    code = "import sys, gencompress, gencompress.cli; print('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"
-    run = subprocess.run(
-        [sys.executable, "-m", "gencompress", "--help"], capture_output=True, text=True, check=True
+    code = (
+        "import sys, gencompress.cli\n"
+        "heavy = {'torch', 'diffusers', 'numba', 'scipy'}\n"
+        "assert not heavy & sys.modules.keys()\n"
+        "sys.argv = ['gencompress', '--help']\n"
+        "try: gencompress.cli.main()\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print('loaded', sorted(heavy & sys.modules.keys()))"
     )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("loaded []\n")
     assert "compress" in run.stdout and "backends" in run.stdout
+
+
+def test_info_and_convert_of_an_artifact(call, scene, tmp_path):
+    call("compress", "splat", scene, "--keep", "40", "--out", tmp_path / "r", *QUICK)
+    code, out, _ = call("info", tmp_path / "r")
+    assert code == 0 and "method: splat" in out and "splats: 40" in out
+    code, out, _ = call("convert", tmp_path / "r", tmp_path / "b.spz")
+    assert code == 0 and "40 splats" in out and len(read_splats(tmp_path / "b.spz")) == 40
+    code, _, err = call("convert", tmp_path / "r", tmp_path / "b.spz")
+    assert code == 1 and "exists already" in err
+    assert call("convert", tmp_path / "r", tmp_path / "b.spz", "--overwrite")[0] == 0
+    inner = tmp_path / "r" / "model" / "scene.ply"
+    code, _, err = call("convert", tmp_path / "r", inner, "--overwrite")
+    assert code == 1 and "same file" in err and len(read_splats(inner)) == 40
+
+
+def test_overwriting_an_artifact(call, scene, tmp_path):
+    arguments = ["compress", "splat", scene, "--out", tmp_path / "r", *QUICK]
+    assert call(*arguments, "--keep", "50%")[0] == 0
+    before = (tmp_path / "r" / "manifest.json").read_bytes()
+    code, _, err = call(*arguments, "--keep", "9")
+    assert code == 1 and "exists already" in err
+    assert (tmp_path / "r" / "manifest.json").read_bytes() == before
+    assert call(*arguments, "--keep", "9", "--overwrite")[0] == 0
+    assert len(read_splats(tmp_path / "r" / "model" / "scene.ply")) == 9
+    inner = tmp_path / "r" / "model" / "scene.ply"
+    code, _, err = call(
+        "compress", "splat", inner, "--keep", "3", "--out", tmp_path / "r", "--overwrite", *QUICK
+    )
+    assert code == 1 and "holds the input" in err and len(read_splats(inner)) == 9
+
+
+def test_a_folder_that_is_no_artifact_is_never_replaced(call, scene, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    code, _, err = call(
+        "compress", "splat", scene, "--keep", "9", "--out", tmp_path / "mine", "--overwrite", *QUICK
+    )
+    assert code == 1 and "not an artifact" in err
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_dry_run_is_of_the_file_that_is_asked_for(call, scene, tmp_path):
+    arguments = ["compress", "splat", scene, "--keep", "50%", "--out", tmp_path / "b.spz", *QUICK]
+    found = json.loads(call(*arguments, "--dry-run", "--json")[1])
+    assert not (tmp_path / "b.spz").exists()
+    call(*arguments)
+    size = file_bytes(tmp_path / "b.spz")
+    assert found["splats"] == len(read_splats(tmp_path / "b.spz"))
+    assert found["bytes"] == pytest.approx(size, rel=0.1)
+    assert found["bytes_before"] == file_bytes(scene)
+
+
+def test_min_psnr_on_the_command_line(call, scene, tmp_path):
+    arguments = ["compress", "splat", scene, "--min-psnr", "32", *QUICK]
+    code, _, err = call(*arguments, "--dry-run")
+    assert code == 2 and "min_psnr" in err
+    code, out, _ = call(*arguments, "--out", tmp_path / "r", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["measurements"]}
+    assert code == 0 and rows["PSNR"]["after"] >= 32 and rows["splats"]["after"] < 300
+    for value in ("-3", "300", "nan"):
+        arguments[4] = value
+        assert call(*arguments, "--out", tmp_path / "s")[0] == 2
+
+
+def test_brackets_in_a_path_are_no_markup(call, scene, tmp_path):
+    (tmp_path / "x[red]").mkdir()
+    odd = scene.rename(tmp_path / "x[red]" / "a[b].ply")
+    folder = tmp_path / "x[red]" / "r"
+    code, out, _ = call("compress", "splat", odd, "--keep", "9", "--out", folder, *QUICK)
+    assert code == 0 and f"model: {folder}/model/scene.ply" in out and "a[b].ply" in out
+    code, out, _ = call("convert", odd, tmp_path / "c[i].spz")
+    assert code == 0 and f"{tmp_path}/c[i].spz: 300 splats" in out
+    code, _, err = call("info", tmp_path / "x[/red]")
+    assert code == 1 and "x[/red]" in err
+
+
+def test_progress_goes_to_stderr(call, scene, tmp_path):
+    arguments = ["compress", "splat", scene, "--keep", "9", "--json", *QUICK[:-1]]
+    _, out, err = call(*arguments, "--out", tmp_path / "r")
+    json.loads(out)
+    assert "loading" in err and "measuring" in err and err.count("merging") == 1
+    assert call(*arguments, "--out", tmp_path / "s", "--quiet")[2] == ""
+
+
+def test_views_with_missing_photos(call, scene, tmp_path):
+    frame = {"file_path": "gone.png", "transform_matrix": [[1, 0, 0, 0], [0, 1, 0, 0],
+             [0, 0, 1, 3], [0, 0, 0, 1]]}  # fmt: skip
+    path = tmp_path / "transforms.json"
+    path.write_text(json.dumps({"fl_x": 40, "w": 40, "h": 40, "frames": [frame, frame]}))
+    code, _, err = call(
+        "compress", "splat", scene, "--views", path, "--out", tmp_path / "r", *QUICK
+    )
+    assert code == 1 and "gone.png" in err and not (tmp_path / "r").exists()
+
+
+def test_a_folder_that_cannot_be_written(call, scene, tmp_path):
+    """A file stands where the folder should be; permissions do not stop root."""
+    (tmp_path / "wall").write_text("")
+    for out in ("wall/b.ply", "wall/r", "no/r"):
+        code, _, err = call("compress", "splat", scene, "--out", tmp_path / out, *QUICK)
+        assert code == 1 and "does not exist" in err and len(err.strip().splitlines()) == 1
+    code, _, err = call("convert", scene, tmp_path / "wall" / "b.ply")
+    assert code == 1 and len(err.strip().splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ply", "wall"]
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not stop root"
+)
+def test_a_folder_that_is_read_only(call, scene, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    code, _, err = call("compress", "splat", scene, "--out", locked / "r", *QUICK)
+    assert code == 1 and "locked" in err and list(locked.iterdir()) == []
+
+
+def test_one_splat(call, tmp_path):
+    write_splats(tmp_path / "one.ply", ball(1))
+    arguments = ["compress", "splat", tmp_path / "one.ply", *QUICK]
+    code, _, err = call(*arguments, "--keep", "50%", "--out", tmp_path / "r")
+    assert code == 1 and "0 of 1 splats" in err
+    assert call(*arguments, "--keep", "1", "--out", tmp_path / "r")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["info", "measure", "sample", "report"])
+def test_what_is_no_artifact(call, tmp_path, command):
+    extra = ["--out", tmp_path / "o"] if command in ("sample", "report") else []
+    code, _, err = call(command, tmp_path, *extra)
+    assert code == 1 and str(tmp_path) in err and not (tmp_path / "o").exists()
+
+
+def test_measure_tells_what_differs(call, scene, tmp_path):
+    call("compress", "splat", scene, "--keep", "50%", "--out", tmp_path / "r", *QUICK)
+    rows = json.loads((tmp_path / "r" / "measurements.json").read_text())
+    for row in rows:
+        if row["name"] == "PSNR":
+            row["after"] += 1
+    (tmp_path / "r" / "measurements.json").write_text(json.dumps(rows))
+    code, out, _ = call("measure", tmp_path / "r")
+    assert code == 0 and out.count("DIFFERS") == 1
+
+
+def test_recipes_and_the_command_line_together(call, scene, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        f'method = "splat"\ntarget = "{scene}"\nbudget = "10"\n'
+        'config = { num_views = 2, size = 32, score = "opacity" }\n'
+    )
+    arguments = ["compress", "splat", "--recipe", path, "--quiet"]
+    assert call(*arguments, "--out", tmp_path / "a.spz")[0] == 0
+    assert len(read_splats(tmp_path / "a.spz")) == 10
+    more = ["--keep", "20", "--set", "score=random", "--seed", "7", "--out", tmp_path / "r"]
+    assert call(*arguments, *more)[0] == 0
+    told = read_artifact(tmp_path / "r").manifest["recipe"]
+    assert told["config"] == {"num_views": 2, "size": 32, "score": "random"}
+    assert told["seed"] == 7 and told["budget"]["keep"] == "20"
+    path.write_text(path.read_text().replace('"splat"', '"mesh"'))
+    code, _, err = call(*arguments, "--out", tmp_path / "s")
+    assert code == 2 and "mesh" in err
+
+
+def test_the_module_runs_with_real_exit_codes(tmp_path):
+    command = [sys.executable, "-m", "gencompress", "info", str(tmp_path / "b.ply")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == "" and "b.ply" in run.stderr
+    assert "Traceback" not in run.stderr

@@ -12,6 +12,7 @@ FIRST = {
     "load": ["target", "data", "device", "dtype", "config"],
     "score": ["model", "data", "config", "generator"],
     "apply": ["model", "masks"],
+    "compact": ["model", "masks"],
     "compress": ["model", "data", "budget", "config", "generator", "workdir"],
     "measure": ["before", "after", "data"],
     "save": ["result", "folder", "config", "data"],

@@ -26,9 +26,9 @@ from gencompress.measure import Measurement
 from gencompress.splat import quality
 from gencompress.splat.cloud import SplatCloud, tensors, with_tensors
 from gencompress.splat.correct import Picture, correct, pictures
-from gencompress.splat.formats import FORMATS, read_splats, suffix_format, write_splats
+from gencompress.splat.formats import FORMATS, read_splats, sniff, suffix_format, write_splats
 from gencompress.splat.merge import Simplified, simplify, start
-from gencompress.splat.score import SCORES, scores
+from gencompress.splat.score import FROM_CLOUD, SCORES, scores
 from gencompress.views.camera import Camera
 from gencompress.views.loaders import load_views
 from gencompress.views.rig import scene_rig, split_rig
@@ -64,6 +64,8 @@ class Config:
                 raise ValueError(f"score {name!r}: known are {', '.join(known)}")
         if not (1 <= self.num_views <= 1000 and 16 <= self.size <= 4096):
             raise ValueError("num_views is 1 to 1000 and size 16 to 4096 px")
+        if not 0 <= self.min_psnr <= quality.IDENTICAL:
+            raise ValueError(f"min_psnr = {self.min_psnr:g}: 0 to {quality.IDENTICAL:g} dB")
         if len(self.up) != 3 or not any(self.up):
             raise ValueError(f"up = {self.up}: expected three numbers, not all zero")
         if any(not SMALLEST_CURVE <= share <= 1 for share in self.curve):
@@ -99,9 +101,8 @@ def load(
         raise ValueError(f"device {device}: splats have no GPU backend yet; use cpu")
     path = Path(target)
     cloud = read_splats(path, strict=strict)
-    suffix = next((s for s in FORMATS if path.name.lower().endswith(s)), ".ply")
-    if path.is_dir():
-        suffix = ".sog"
+    kind = sniff(path)  # by content: a compressed .ply may be called just .ply
+    suffix = next(s for s, k in FORMATS.items() if k == kind)
     if "views" in data:
         cameras = load_views(data["views"])
         if len(cameras) < 2:
@@ -111,8 +112,7 @@ def load(
         test_views = thin(test_views, config.num_views)
     else:
         score_views, test_views = scene_rig(
-            cloud.means,
-            quality.sizes(cloud),
+            *quality.outline(cloud),
             num_score=config.num_views,
             num_test=config.num_views,
             width=config.size,
@@ -128,7 +128,7 @@ def score(
     """Every splat is a unit. Merging is scored by the removal error it starts from."""
     name = "removal_error" if config.score == MERGE else config.score
     found = scores([name], cloud, data.score, generator)[name]
-    if name == "removal_error" and not bool((found > 0).any()):
+    if name not in (*FROM_CLOUD, "random") and not bool((found > 0).any()):
         raise ValueError(
             "no splat shows in any of the scoring views; do the cameras fit the scene?"
         )
@@ -165,21 +165,21 @@ def compress(
 ) -> Compressed:
     """Fewer splats within the budget; see the module. `masks["main"]` names the originals that
     the rows of the result descend from, in order. `workdir` is not needed: nothing is resumed."""
+    suffix = data.suffix if config.format == "same" else config.format
+    if cloud.scales.shape[1] == 2 and suffix != ".ply":
+        raise ValueError(f"{suffix} holds no 2DGS surfels; only .ply does")
     progress("scoring")
     _, found = score(cloud, data, config, generator)
     wanted = pictures(cloud, data.score) if config.correct else []
-    suffix = data.suffix if config.format == "same" else config.format
     began = time.perf_counter()
     if config.min_psnr > 0:
-        smaller, kept = _holding(cloud, found, data, config, wanted, progress)
+        smaller, kept = _holding(cloud, found, data, config, suffix, wanted, progress)
     else:
         target = count_within(cloud, found[GROUP], budget, suffix)
         smaller, kept = _reduce(cloud, found, target, data, config, wanted, progress)
         limit = _bytes_limit(cloud, budget, suffix)
         while limit is not None and (size := quality.encoded_bytes(smaller, suffix)) > limit:
-            target = min(target - 1, int(target * limit / size))
-            if target < 1:
-                raise ValueError(f"a budget of {limit:.0f} bytes does not hold one splat")
+            target = _allowed(min(target - 1, int(target * limit / size)), len(cloud), budget)
             smaller, kept = _reduce(cloud, found, target, data, config, wanted, progress)
     log = [
         {
@@ -233,18 +233,22 @@ def _holding(
     found: Scores,
     data: Views,
     config: Config,
+    suffix: str,
     wanted: Sequence[Picture],
     progress: Progress,
 ) -> tuple[SplatCloud, Tensor]:
-    """The smallest result whose mean held-out PSNR is at least `min_psnr`, to 2% of its count, by
-    bisection over stored scores and stored clouds."""
+    """The smallest result whose mean held-out PSNR, as saved, is at least `min_psnr`, to 2% of its
+    count, by bisection over stored scores and stored clouds. Raises ValueError if none holds it."""
     truth = quality.truth(cloud, data.test)
+    psnr = quality.compare(quality.as_saved(cloud, suffix), truth).psnr
+    if psnr < config.min_psnr:
+        raise ValueError(f"min_psnr {config.min_psnr:g}: as {suffix} all splats give {psnr:.2f} dB")
     way = [start(cloud)]
     low, high, best = 0, len(cloud), (cloud, torch.arange(len(cloud)))
     while high - low > max(1, 0.02 * high):
-        middle = max(1, int((low * high) ** 0.5) if low else high // 3)
+        middle = max(low + 1, int((low * high) ** 0.5) if low else high // 3)
         tried = _reduce(cloud, found, middle, data, config, wanted, progress, way)
-        psnr = quality.compare(tried[0], truth).psnr
+        psnr = quality.compare(quality.as_saved(tried[0], suffix), truth).psnr
         progress(f"holding: {middle:,} splats give {psnr:.2f} dB")
         if psnr >= config.min_psnr:
             high, best = middle, tried
@@ -272,12 +276,17 @@ def count_within(cloud: SplatCloud, found: Tensor, budget: Budget, suffix: str) 
         )
     else:
         raise ValueError(f"a budget in {budget.unit}: splats are counted, or weighed in bytes")
-    count = min(count, num)
-    if budget.cap is not None:
-        count = min(count, budget.cap)
-    count = max(count, budget.floor)
-    if count < 1 or count > num:
-        raise ValueError(f"the budget leaves {count} of {num} splats, expected 1 to {num}")
+    return _allowed(count, num, budget)
+
+
+def _allowed(count: int, num: int, budget: Budget) -> int:
+    """The largest number up to `count` that cap and round_to allow; ValueError below the floor."""
+    count = min(count, num, budget.cap or num)
+    if count < num:
+        count -= count % budget.round_to
+    least = max(1, min(budget.floor, num))
+    if count < least:
+        raise ValueError(f"the budget leaves {count} of {num} splats, expected at least {least}")
     return count
 
 
@@ -405,8 +414,7 @@ def measure(before: SplatCloud, after: SplatCloud, data: Views) -> list[Measurem
 def save(result: Compressed, folder: Path, config: Config, data: Views) -> Path:
     """Writes `folder/scene.<format>`."""
     suffix = data.suffix if config.format == "same" else config.format
-    path = folder / ("scene/meta.json" if suffix == "meta.json" else f"scene{suffix}")
-    path.parent.mkdir(exist_ok=True)
+    path = folder / quality.file_name(suffix)
     write_splats(path, result.model)
     return path
 

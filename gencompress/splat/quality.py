@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from gencompress.measure.cost import file_bytes
 from gencompress.measure.image import lpips, lpips_why_not, psnr, ssim
 from gencompress.measure.speed import Timing, time_call
 from gencompress.splat.cloud import SH_C0, SplatCloud, tensors, with_tensors
-from gencompress.splat.formats import write_splats
+from gencompress.splat.formats import read_splats, write_splats
 from gencompress.splat.render import render
 from gencompress.views.camera import Camera
 
@@ -82,13 +83,38 @@ def sizes(cloud: SplatCloud) -> Tensor:
     return cloud.opacities.sigmoid() * cloud.scales.topk(2, 1).values.sum(1).exp()
 
 
+def outline(cloud: SplatCloud) -> tuple[Tensor, Tensor]:
+    """Points [M, 3] and weights [M] that say where the cloud is, for a rig around it."""
+    if len(cloud) > 1:
+        return cloud.means, sizes(cloud)
+    # a point has no extent, but its splat does
+    reach = 3 * cloud.scales.exp().max() * torch.eye(3)
+    return torch.cat([cloud.means + reach, cloud.means - reach]), torch.ones(6)
+
+
 def encoded_bytes(cloud: SplatCloud, suffix: str) -> int:
     """Bytes of the cloud as a file with this suffix."""
+    with _encoded(cloud, suffix) as path:
+        return file_bytes(path.parent)
+
+
+def as_saved(cloud: SplatCloud, suffix: str) -> SplatCloud:
+    """The cloud with what a file with this suffix loses."""
+    with _encoded(cloud, suffix) as path:
+        return read_splats(path)
+
+
+@contextlib.contextmanager
+def _encoded(cloud: SplatCloud, suffix: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
-        path = Path(folder) / ("scene/meta.json" if suffix == "meta.json" else f"scene{suffix}")
-        path.parent.mkdir(exist_ok=True)
+        path = Path(folder) / file_name(suffix)
         write_splats(path, cloud)
-        return file_bytes(Path(folder))
+        yield path
+
+
+def file_name(suffix: str) -> str:
+    """What a saved scene is called; an SOG folder gets one of its own."""
+    return "scene/meta.json" if suffix == "meta.json" else f"scene{suffix}"
 
 
 def write_pictures(cloud: SplatCloud, cameras: Sequence[Camera], folder: Path) -> list[Path]:

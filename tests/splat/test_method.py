@@ -9,7 +9,7 @@ from gencompress.core.mask import Mask
 from gencompress.files import FormatError
 from gencompress.measure.cost import file_bytes
 from gencompress.splat import method, quality
-from gencompress.splat.cloud import tensors
+from gencompress.splat.cloud import tensors, with_tensors
 from gencompress.splat.formats import write_splats
 from gencompress.splat.render import render
 
@@ -108,6 +108,7 @@ def test_min_psnr_is_held_by_the_smallest(tmp_path, score):
     truth = quality.truth(cloud, views.test)
     assert quality.compare(result.model, truth).psnr >= 30
     assert 0 < len(result.model) < 600
+    assert result.masks["main"].num_kept == len(result.model)
     fewer = int(0.9 * len(result.model))
     *_, smaller = compressed(tmp_path, f"{fewer} units", score=score)
     assert quality.compare(smaller.model, truth).psnr < 30
@@ -158,17 +159,24 @@ def test_missing_photos_of_a_capture(tmp_path):
         loaded(tmp_path, data={"views": str(path)})
 
 
-def test_views_that_see_nothing(tmp_path):
+@pytest.mark.parametrize("score", ["merge", "removal_error", "blend_weight", "max_weight"])
+def test_views_that_see_nothing(tmp_path, score):
     away = cameras(3, 40)
-    cloud, views, config = loaded(tmp_path)
+    cloud, views, config = loaded(tmp_path, score=score)
     far = type(cloud)(**{**tensors(cloud), "means": cloud.means + torch.tensor([0.0, 1e5, 0.0])})
     with pytest.raises(ValueError, match="no splat shows"):
         method.score(far, method.Views(away, away, ".ply"), config, torch.Generator())
+    blind = method.Config(score="opacity", **QUICK)  # looks through no camera
+    assert (method.score(far, method.Views([], [], ".ply"), blind, torch.Generator())[1]
+            ["splats"] > 0).all()  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "settings",
     [{"score": "magic"}, {"compare": ("magic",)}, {"num_views": 0}, {"size": 1}]
+    + [{"num_views": 1001}, {"size": 4097}, {"min_psnr": -1.0}, {"min_psnr": 101.0}]
+    + [{"min_psnr": float("nan")}, {"curve": (1.5,)}, {"curve": (float("nan"),)}]
+    + [{"up": (0.0, 1.0)}]
     + [{"up": (0.0, 0.0, 0.0)}, {"curve": (0.0,)}, {"format": ".obj"}],
 )
 def test_settings_that_mean_nothing(settings):
@@ -196,3 +204,179 @@ def test_masks_are_bool_per_splat(tmp_path):
     *_, result = compressed(tmp_path, "50%")
     mask = result.masks["main"]
     assert isinstance(mask, Mask) and mask.keep["splats"].shape == (600,)
+
+
+@pytest.mark.parametrize("suffix", [".compressed.ply", ".spz", ".sog", ".splat", "meta.json"])
+def test_what_is_saved_is_restored_as_the_format_holds_it(tmp_path, suffix):
+    _, views, config, result = compressed(
+        tmp_path, "50%", score="opacity", correct=False, format=suffix
+    )
+    (tmp_path / "m").mkdir()
+    path = method.save(result, tmp_path / "m", config, views)
+    assert path.name.endswith(suffix) and path.is_file()
+    back = method.restore(tmp_path / "m")
+    wanted = quality.as_saved(result.model, suffix)
+    for name, field in tensors(back).items():
+        assert torch.equal(field, tensors(wanted)[name]), name
+    found = quality.compare(back, quality.truth(result.model, views.test))
+    assert 30 < found.psnr < 100  # quantised, and near
+
+
+def test_restore_wants_one_file(tmp_path):
+    with pytest.raises(FormatError, match="0 splat files"):
+        method.restore(tmp_path)
+    for name in ("a.ply", "b.ply"):
+        write_splats(tmp_path / name, ball(5))
+    with pytest.raises(FormatError, match="2 splat files"):
+        method.restore(tmp_path)
+
+
+@pytest.mark.parametrize("score", ["merge", "max_weight"])
+def test_keeping_everything_changes_nothing(tmp_path, score):
+    for keep in ("100%", "100% bytes", "10k", "1GB"):
+        cloud, _, _, result = compressed(tmp_path, keep, score=score)
+        assert result.masks["main"].keep["splats"].all()
+        for name, field in tensors(result.model).items():
+            assert torch.equal(field, tensors(cloud)[name]), name
+
+
+@pytest.mark.parametrize("suffix", [".ply", ".spz"])
+def test_merged_results_hold_a_budget_in_bytes(tmp_path, suffix):
+    *_, result = compressed(tmp_path, "30% bytes", format=suffix)
+    full = quality.encoded_bytes(ball(), suffix)
+    size = quality.encoded_bytes(result.model, suffix)
+    assert 0.8 * 0.3 * full < size <= 0.3 * full
+
+
+@pytest.mark.parametrize(
+    ("limits", "count"),
+    [
+        ({"cap": 77}, 77),
+        ({"round_to": 16}, 288),
+        ({"round_to": 16, "cap": 100}, 96),
+        ({"floor": 300}, 300),
+        ({"floor": 301}, None),
+        ({"floor": 290, "round_to": 16}, None),
+    ],
+)
+def test_limits_of_a_budget(tmp_path, limits, count):
+    import dataclasses
+
+    cloud, views, config = loaded(tmp_path, score="opacity", correct=False)
+    budget = dataclasses.replace(parse_budget("50%"), **limits)
+    arguments = cloud, views, budget, config, torch.Generator(), tmp_path
+    if count is None:
+        with pytest.raises(ValueError, match="300 of 600|288 of 600"):
+            method.compress(*arguments)
+    else:
+        assert len(method.compress(*arguments).model) == count
+
+
+@pytest.mark.parametrize(("keep", "says"), [("0.1%", "0 of 600"), ("99B", "does not hold one")])
+def test_budgets_below_one_splat(tmp_path, keep, says):
+    with pytest.raises(ValueError, match=says):
+        compressed(tmp_path, keep, score="opacity", correct=False)
+
+
+def test_a_share_is_never_rounded_up(tmp_path):
+    *_, result = compressed(tmp_path, "33.3%", score="opacity", correct=False)
+    assert len(result.model) == 199  # of 199.8
+
+
+@pytest.mark.parametrize("suffix", [".spz", ".splat"])
+def test_min_psnr_is_of_what_is_saved(tmp_path, suffix):
+    holds = 38.0 if suffix == ".splat" else 44.0
+    cloud, views, _, result = compressed(tmp_path, "100%", min_psnr=holds, format=suffix)
+    truth = quality.truth(cloud, views.test)
+    found = quality.compare(quality.as_saved(result.model, suffix), truth).psnr
+    assert found >= holds and len(result.model) < 600
+
+
+def test_min_psnr_that_the_format_cannot_hold(tmp_path):
+    with pytest.raises(ValueError, match=r"as \.splat all splats give"):
+        compressed(tmp_path, "100%", min_psnr=90.0, format=".splat")
+
+
+def test_one_splat_is_a_scene(tmp_path):
+    write_splats(tmp_path / "one.ply", ball(1))
+    cloud, views, config, result = compressed(tmp_path, "1 units", name="one.ply")
+    assert torch.equal(result.model.means, cloud.means)
+    for view in views.test:
+        alpha = render(cloud, view).alphas[0]
+        # whole, and in the middle
+        assert alpha[22:26, 22:26].mean() > 0.2 and alpha[0].max() < 0.05 > alpha[:, 0].max()
+
+
+def test_the_suffix_is_that_of_the_content(tmp_path):
+    write_splats(tmp_path / "a.compressed.ply", ball(50))
+    (tmp_path / "a.compressed.ply").rename(tmp_path / "a.ply")
+    assert loaded(tmp_path)[1].suffix == ".compressed.ply"
+    write_splats(tmp_path / "f" / "meta.json", ball(50))
+    for name in ("f", "f/meta.json"):
+        assert loaded(tmp_path, name)[1].suffix == ".sog"
+
+
+def test_views_that_measure_never_score(tmp_path):
+    _, views, _ = loaded(tmp_path)
+    assert len(views.score) == len(views.test) == QUICK["num_views"]
+    for test in views.test:
+        for one in views.score:
+            assert (test.position - one.position).norm() > 0.1
+
+
+def test_measurements_say_what_changed(tmp_path):
+    cloud, views, _, result = compressed(tmp_path, "50%")
+    rows = {row.name: row for row in method.measure(cloud, result.model, views)}
+    assert (rows["splats"].before, rows["splats"].after) == (600, 300)
+    found = quality.compare(result.model, quality.truth(cloud, views.test))
+    assert rows["PSNR"].after == found.psnr and rows["PSNR"].spread == found.psnr_spread
+    assert rows["PSNR, worst view"].after == found.worst < found.psnr
+    assert rows["PSNR"].better == rows["SSIM"].better == "higher"
+    assert rows["splats"].better == rows["render time"].better == "lower"
+    assert 0 < rows["SSIM"].after < 1 and rows["PSNR"].repeats == 2 * len(views.test)
+
+
+def test_thin_spreads_over_the_list():
+    assert method.thin(list(range(10)), 5) == [0, 2, 4, 6, 8]
+    assert method.thin(list(range(10)), 3) == [0, 3, 6]
+    assert method.thin(list(range(4)), 9) == [0, 1, 2, 3]
+
+
+def test_cameras_of_a_real_capture(tmp_path, shared_data):
+    folder = shared_data / "nerf" / "fox"
+    cloud, views, config = loaded(tmp_path, data={"views": str(folder)}, score="opacity")
+    assert len(views.score) == len(views.test) == 3
+    names = [{camera.image.name for camera in part} for part in (views.score, views.test)]
+    assert not names[0] & names[1] and views.score[0].width > 100
+    result = method.compress(cloud, views, parse_budget("50%"), config, torch.Generator(), tmp_path)
+    assert len(result.model) == 300
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("threshold", [1, 2, 3, 5, 31, 99, 300])
+def test_the_search_for_min_psnr_ends(tmp_path, monkeypatch, threshold):
+    """Against an oracle that says yes from `threshold` splats on."""
+    cloud, views, config = loaded(tmp_path, score="opacity", correct=False, min_psnr=30.0)
+    tried = []
+
+    def oracle(smaller, truth):
+        tried.append(len(smaller))
+        return quality.Quality(40.0 if len(smaller) >= threshold else 20.0, None, 0.0)
+
+    monkeypatch.setattr(quality, "compare", oracle)
+    result = method.compress(
+        cloud, views, parse_budget("100%"), config, torch.Generator(), tmp_path
+    )
+    assert threshold <= len(result.model) <= max(threshold, 1.021 * threshold)
+    assert len(tried) < 25
+
+
+def test_surfels_need_a_ply_and_it_is_said_before_the_work(tmp_path):
+    cloud, views, config = loaded(tmp_path, format=".spz")
+    flat = with_tensors(cloud, {"scales": cloud.scales[:, :2].contiguous()})
+    said = []
+    with pytest.raises(ValueError, match="only .ply"):
+        method.compress(
+            flat, views, parse_budget("50%"), config, torch.Generator(), tmp_path, said.append
+        )
+    assert said == []

@@ -113,7 +113,9 @@ def unseen_leave_no_trace(cloud, views):
     assert 0 < int((~shows).sum()) < len(cloud)
     smaller = rows(cloud, shows.nonzero().squeeze(1))
     for view in views:
-        assert torch.equal(render(smaller, view).colors, render(cloud, view).colors)
+        before, after = render(cloud, view), render(smaller, view)
+        for name in ("colors", "alphas", "depths"):
+            assert torch.equal(getattr(after, name), getattr(before, name)), name
 
 
 def test_removing_the_unseen_changes_no_bit():
@@ -126,3 +128,54 @@ def test_removing_the_unseen_changes_no_bit_on_a_real_scene(shared_data):
     cloud = read_splats(shared_data / "splat" / "playbot_3k.ply")
     views, _ = scene_rig(cloud.means, quality.sizes(cloud), num_score=2, width=128, height=128)
     unseen_leave_no_trace(cloud, views)
+
+
+def redundant(seed) -> SplatCloud:
+    """Each splat of a ball, and beside it one so faint and small that it hardly shows."""
+    cloud = ball(300, seed=seed)
+    faint = with_tensors(cloud, {"opacities": cloud.opacities - 3, "scales": cloud.scales - 1})
+    both = {n: torch.cat([t, tensors(faint)[n]]) for n, t in tensors(cloud).items()}
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(seed))
+    return rows(with_tensors(cloud, both), order)
+
+
+def test_every_score_but_random_finds_what_hardly_shows():
+    mean = dict.fromkeys(SCORES, 0.0)
+    for seed in range(3):
+        cloud = redundant(seed)
+        truth = quality.truth(cloud, cameras(3, turn=0.3))
+        found = scores(SCORES, cloud, cameras(4), torch.Generator().manual_seed(seed))
+        for name, values in found.items():
+            kept = values.argsort(descending=True, stable=True)[:180].sort().values
+            mean[name] += quality.compare(rows(cloud, kept), truth).psnr / 3
+    chance = mean.pop("random")
+    assert min(mean.values()) > chance + 1, (mean, chance)
+
+
+def test_views_add_up_and_the_largest_is_over_all():
+    cloud, views = ball(), cameras(3)
+    together, alone = look(cloud, views), [look(cloud, [view]) for view in views]
+    for name in ("weight", "pixels", "wins"):
+        assert torch.equal(getattr(together, name), sum(getattr(one, name) for one in alone)), name
+    assert torch.equal(together.largest, torch.stack([one.largest for one in alone]).amax(0))
+    errors = [scores(["removal_error"], cloud, v, torch.Generator()) for v in (views, views[:1])]
+    more, fewer = (found["removal_error"] for found in errors)
+    assert (more >= fewer).all() and (more > fewer).any()
+
+
+def test_statistics_by_hand():
+    """Two splats far narrower than the view: each wins its pixels, and w is alpha where alone."""
+    cloud = SplatCloud(
+        torch.tensor([[-0.5, 0.0, 2.0], [0.5, 0.0, 2.0]]),
+        torch.tensor([[1.0, 0, 0, 0]]).repeat(2, 1),
+        torch.full((2, 3), 0.1).log(),
+        torch.logit(torch.tensor([0.6, 0.3])),
+        torch.zeros(2, 1, 3),
+    )
+    view = straight()
+    seen = look(cloud, [view])
+    alphas = render(cloud, view).alphas[0].double()
+    for splat, half in enumerate((alphas[:, :16], alphas[:, 16:])):
+        assert float(seen.weight[splat]) == pytest.approx(float(half.sum()), rel=1e-5)
+        assert float(seen.largest[splat]) == pytest.approx(float(half.max()), rel=1e-5)
+        assert int(seen.pixels[splat]) == int(seen.wins[splat]) == int((half > 0).sum())
