@@ -139,13 +139,14 @@ def bench_rasterize() -> Iterator[Row]:
     scene, (viewmat, lens, size, _) = splats(50_000, -3.73), view()
     everything = (*scene, viewmat, lens, size, size)
     one = (*scene, viewmat[0], lens[0], size, size, False)
-    records = cpu._records(*one)
+    shot = reference.Shot(*one)
+    records = cpu.project(shot)
     order, offsets, pairs = cpu.tile_lists(records, size, size)
     planes, slots = np.empty((len(order), 5, TILE * TILE), np.float32), np.empty((0, 4), np.float32)
     blend = timed(
         lambda: cpu._blend(records, order, offsets, pairs, size, size, planes, slots, False), 9
     )
-    flat = reference.project(*one)
+    flat = reference.project(shot)
     place = torch.empty(len(scene[0]), dtype=torch.int64)
     place[flat["index"]] = torch.arange(len(flat["index"]))
     lists = torch.from_numpy(offsets), place[torch.from_numpy(pairs).long()]

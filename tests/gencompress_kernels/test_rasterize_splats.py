@@ -514,7 +514,7 @@ def test_cpu_refuses_float64_and_corrections_refuse_another_size():
 
 def test_projection_equals_gsplat():
     peer = pytest.importorskip("gsplat.cuda._torch_impl", reason="gsplat not installed")
-    from gencompress_kernels.rasterize_splats.reference import project
+    from gencompress_kernels.rasterize_splats.reference import Shot, project
 
     scene, cam = to(make_scene(60, seed=14), torch.float64), to(camera(75, 61), torch.float64)
     turned = rotation_matrices(scene["quats"]) * scene["scales"][:, None]
@@ -522,7 +522,7 @@ def test_projection_equals_gsplat():
     _, centers, depths, conics, shrink = peer._fully_fused_projection(
         scene["means"], turned @ turned.mT, *lens, 75, 61, calc_compensations=True
     )
-    ours = project(*scene.values(), lens[0][0], lens[1][0], 75, 61, True)
+    ours = project(Shot(*scene.values(), lens[0][0], lens[1][0], 75, 61, True))
     order = ours["index"]
     assert torch.allclose(ours["centers"], centers[0, order])
     assert torch.allclose(ours["conics"], conics[0, order])

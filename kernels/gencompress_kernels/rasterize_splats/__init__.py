@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gencompress_kernels import dispatch
+from gencompress_kernels.rasterize_splats.reference import Shot
 
 
 class Rendered(NamedTuple):
@@ -149,12 +150,10 @@ def _rasterize(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = dispatch.pick("rasterize_splats", means.device, backend or None).forward
-    splats = [t.contiguous() for t in (means, quats, scales, opacities, sh)]
-    outputs = [
-        run(*splats, view.contiguous(), lens.contiguous(), width, height, background.contiguous(),
-            antialiased, statistics)
-        for view, lens in zip(viewmats, intrinsics, strict=True)
-    ]  # fmt: skip
+    shots = _shots(
+        means, quats, scales, opacities, sh, viewmats, intrinsics, width, height, antialiased
+    )
+    outputs = [run(shot, background.contiguous(), statistics) for shot in shots]
     first, second, third, fourth = zip(*outputs, strict=True)
     return torch.stack(first), torch.stack(second), torch.stack(third), torch.stack(fourth)
 
@@ -186,13 +185,10 @@ def _removal_errors(
     backend: str,
 ) -> Tensor:
     run = dispatch.pick("rasterize_splats", means.device, backend or None).removal_errors
-    splats = [t.contiguous() for t in (means, quats, scales, opacities, sh)]
-    return torch.stack(
-        [
-            run(*splats, view.contiguous(), lens.contiguous(), width, height, antialiased)
-            for view, lens in zip(viewmats, intrinsics, strict=True)
-        ]
+    shots = _shots(
+        means, quats, scales, opacities, sh, viewmats, intrinsics, width, height, antialiased
     )
+    return torch.stack([run(shot) for shot in shots])
 
 
 @_removal_errors.register_fake
@@ -216,21 +212,36 @@ def _corrections(
     backend: str,
 ) -> Tensor:
     run = dispatch.pick("rasterize_splats", means.device, backend or None).corrections
-    splats = [t.contiguous() for t in (means, quats, scales, opacities, sh)]
     height, width = alphas.shape[1:]
-    return torch.stack(
-        [
-            run(*splats, *(t.contiguous() for t in view[:2]), width, height, antialiased,
-                *(t.contiguous() for t in view[2:]))
-            for view in zip(viewmats, intrinsics, colors, alphas, strict=True)
-        ]
-    )  # fmt: skip
+    shots = _shots(
+        means, quats, scales, opacities, sh, viewmats, intrinsics, width, height, antialiased
+    )
+    wanted = zip(shots, colors.contiguous(), alphas.contiguous(), strict=True)
+    return torch.stack([run(shot, color, alpha) for shot, color, alpha in wanted])
 
 
 @_corrections.register_fake
 def _(means, quats, scales, opacities, sh, viewmats, intrinsics, colors, alphas, antialiased,
       backend):  # fmt: skip
     return means.new_empty(viewmats.shape[0], means.shape[0], 6)
+
+
+def _shots(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor,
+    viewmats: Tensor,
+    intrinsics: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+) -> list[Shot]:
+    """One for each camera, as the backends take them."""
+    splats = [t.contiguous() for t in (means, quats, scales, opacities, sh)]
+    cameras = zip(viewmats.contiguous(), intrinsics.contiguous(), strict=True)
+    return [Shot(*splats, view, lens, width, height, antialiased) for view, lens in cameras]
 
 
 def _check(

@@ -28,6 +28,7 @@ from gencompress_kernels.rasterize_splats.reference import (
     MIN_DETERMINANT,
     MIN_TRANSMITTANCE,
     NEAR,
+    Shot,
 )
 
 TILE = 16
@@ -51,28 +52,16 @@ E1, E2, E3, E4, E5, E6 = (
 
 
 def forward(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    background: Tensor,
-    antialiased: bool,
-    statistics: bool,
+    shot: Shot, background: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One camera, float32. Returns colours, alphas, depths and statistics as the reference."""
-    records = _records(
-        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased
-    )
+    """float32. Returns colours, alphas, depths and statistics as the reference."""
+    width, height = shot.width, shot.height
+    records = project(shot)
     order, offsets, pairs = tile_lists(records, width, height)
     planes = np.empty((len(order), 5, PIXELS), f32)
     slots = np.empty((len(pairs) if statistics else 0, 4), f32)
     _blend(records, order, offsets, pairs, width, height, planes, slots, statistics)
-    totals = np.zeros((means.shape[0] if statistics else 0, 4), f32)
+    totals = np.zeros((len(records) if statistics else 0, 4), f32)
     _sum_slots(pairs, slots, totals)
     colors = np.empty((height, width, 3), f32)
     alphas = np.empty((height, width), f32)
@@ -81,61 +70,43 @@ def forward(
     return tuple(torch.from_numpy(array) for array in (colors, alphas, depths, totals))
 
 
-def removal_errors(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    antialiased: bool,
-) -> Tensor:
-    """One camera, float32. Returns [N] as the reference."""
-    records = _records(
-        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased
-    )
+def removal_errors(shot: Shot) -> Tensor:
+    """float32. Returns [N] as the reference."""
+    return _changes(shot, None)[:, 0]
+
+
+def corrections(shot: Shot, colors: Tensor, alphas: Tensor) -> Tensor:
+    """float32. Returns [N, 6] as the reference."""
+    return _changes(shot, (colors, alphas))
+
+
+def _changes(shot: Shot, wanted: tuple[Tensor, Tensor] | None) -> Tensor:
+    """[N, 6] with the wanted colours and alphas, [N, 1] without."""
+    width, height = shot.width, shot.height
+    records = project(shot)
     order, offsets, pairs = tile_lists(records, width, height)
     planes = np.empty((len(order), 5, PIXELS), f32)
     _blend(records, order, offsets, pairs, width, height, planes, np.empty((0, 4), f32), False)
-    slots = np.empty((len(pairs), 1), f32)
-    none = np.empty((0, 4, PIXELS), f32)
-    _pair_changes(records, order, offsets, pairs, width, height, planes, none, slots)
-    totals = np.zeros((means.shape[0], 1))
-    _sum_changes(pairs, slots, totals)
-    return torch.from_numpy(totals[:, 0].astype(f32))
-
-
-def corrections(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    antialiased: bool,
-    colors: Tensor,
-    alphas: Tensor,
-) -> Tensor:
-    """One camera, float32. Returns [N, 6] as the reference."""
-    records = _records(
-        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased
-    )
-    order, offsets, pairs = tile_lists(records, width, height)
-    planes = np.empty((len(order), 5, PIXELS), f32)
-    _blend(records, order, offsets, pairs, width, height, planes, np.empty((0, 4), f32), False)
-    residuals = np.zeros((len(order), 4, PIXELS), f32)
-    _residuals(planes, colors.numpy(), alphas.numpy(), residuals)
-    slots = np.empty((len(pairs), 6), f32)
+    residuals = np.zeros((len(order) if wanted else 0, 4, PIXELS), f32)
+    if wanted:
+        _residuals(planes, *(tensor.numpy() for tensor in wanted), residuals)
+    slots = np.empty((len(pairs), 6 if wanted else 1), f32)
     _pair_changes(records, order, offsets, pairs, width, height, planes, residuals, slots)
-    totals = np.zeros((means.shape[0], 6))
+    totals = np.zeros((len(records), slots.shape[1]))
     _sum_changes(pairs, slots, totals)
     return torch.from_numpy(totals.astype(f32))
+
+
+def project(shot: Shot) -> np.ndarray:
+    """One record a splat, float32 [N, 16]; opacity 0 where it is culled."""
+    if shot.means.dtype != torch.float32:
+        raise ValueError(f"the cpu backend takes float32, got {shot.means.dtype}")
+    records = np.empty((shot.means.shape[0], RECORD), f32)
+    rotation, translation = shot.viewmat[:3, :3].double(), shot.viewmat[:3, 3].double()
+    position = (-rotation.T @ translation).float().numpy()
+    splats = (tensor.numpy() for tensor in shot[:7])
+    _project(*splats, position, shot.width, shot.height, shot.antialiased, records)
+    return records
 
 
 def tile_lists(
@@ -157,30 +128,6 @@ def tile_lists(
     pairs = np.empty(offsets[-1], np.int32)
     _fill_pairs(records, nearest, bands, tiles_x, offsets[:-1].copy(), pairs)
     return _deal(counts[:-1]), offsets, pairs
-
-
-def _records(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    antialiased: bool,
-) -> np.ndarray:
-    if means.dtype != torch.float32:
-        raise ValueError(f"the cpu backend takes float32, got {means.dtype}")
-    records = np.empty((means.shape[0], RECORD), f32)
-    view = viewmat.numpy()
-    position = (-viewmat[:3, :3].T.double() @ viewmat[:3, 3].double()).float().numpy()
-    _project(
-        means.numpy(), quats.numpy(), scales.numpy(), opacities.numpy(), sh.numpy(), view,
-        intrinsics.numpy(), position, width, height, antialiased, records,
-    )  # fmt: skip
-    return records
 
 
 def _deal(counts: np.ndarray) -> np.ndarray:

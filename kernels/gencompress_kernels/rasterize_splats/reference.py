@@ -6,6 +6,8 @@ Constants are those of gsplat and of the original 3D Gaussian splatting code.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,24 +23,27 @@ MIN_TRANSMITTANCE = 1e-4  # the splat that would pass it is not blended, nor any
 CHUNK_PAIRS = 1 << 22  # pixel-splat pairs held at once
 
 
+class Shot(NamedTuple):
+    """What one camera sees: the inputs of every pass of every backend, checked and contiguous."""
+
+    means: Tensor  # [N, 3]
+    quats: Tensor  # [N, 4]
+    scales: Tensor  # [N, 3]
+    opacities: Tensor  # [N]
+    sh: Tensor  # [N, K, 3]
+    viewmat: Tensor  # [4, 4]
+    intrinsics: Tensor  # [3, 3]
+    width: int
+    height: int
+    antialiased: bool
+
+
 def forward(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    background: Tensor,
-    antialiased: bool,
-    statistics: bool,
+    shot: Shot, background: Tensor, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One camera. Returns colours [H, W, 3], alphas [H, W], depths [H, W], statistics [N, 4]."""
-    splats = project(
-        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased
-    )
+    """Returns colours [H, W, 3], alphas [H, W], depths [H, W], statistics [N, 4]."""
+    means, width, height = shot.means, shot.width, shot.height
+    splats = project(shot)
     num = means.shape[0] if statistics else 0
     total = means.new_zeros(num)
     largest = means.new_zeros(num)
@@ -68,44 +73,16 @@ def forward(
     )
 
 
-def removal_errors(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    antialiased: bool,
-) -> Tensor:
-    """One camera. Returns [N]: see the public function for the derivation."""
-    picture = means.new_zeros(height, width, 3), means.new_zeros(height, width)
-    return corrections(
-        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased,
-        *picture,
-    )[:, 0]  # fmt: skip
+def removal_errors(shot: Shot) -> Tensor:
+    """Returns [N]: see the public function for the derivation."""
+    colors = shot.means.new_zeros(shot.height, shot.width, 3)
+    return corrections(shot, colors, colors[..., 0])[:, 0]
 
 
-def corrections(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    antialiased: bool,
-    colors: Tensor,
-    alphas: Tensor,
-) -> Tensor:
-    """One camera. Returns [N, 6]: see the public function for the derivation."""
-    splats = project(
-        means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased
-    )
+def corrections(shot: Shot, colors: Tensor, alphas: Tensor) -> Tensor:
+    """Returns [N, 6]: see the public function for the derivation."""
+    means, width, height = shot.means, shot.width, shot.height
+    splats = project(shot)
     sums = means.new_zeros(means.shape[0], 6)
     chunks = _pixel_chunks(width, height, splats["index"].shape[0], means)
     sizes = [len(chunk) for chunk in chunks]
@@ -131,22 +108,12 @@ def corrections(
     return sums
 
 
-def project(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor,
-    viewmat: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-    antialiased: bool,
-) -> dict[str, Tensor]:
+def project(shot: Shot) -> dict[str, Tensor]:
     """Splats in front of the camera, nearest first (equal depths: lower index first).
 
     Returns index [M], centers [M, 2] px, conics [M, 3], opacities [M], depths [M], colors [M, 3].
     """
+    means, quats, scales, opacities, sh, viewmat, intrinsics, width, height, antialiased = shot
     rotation, translation = viewmat[:3, :3], viewmat[:3, 3]
     camera_points = means @ rotation.T + translation
     index = torch.nonzero(camera_points[:, 2] >= NEAR).squeeze(1)
