@@ -107,8 +107,8 @@ def write_artifact(
         ValueError: nothing was written to the model folder, or a mask name contains "/".
     """
     folder = Path(folder)
-    if overwrite and folder.exists() and not _is_replaceable(folder):
-        raise FileExistsError(f"{folder}: exists and is not an artifact; not replacing it")
+    if overwrite:
+        check_replaceable(folder)
     with writing(folder, overwrite=overwrite) as part:
         part.mkdir()
         for name, save in (("model", save_model), ("preview", save_preview)):
@@ -292,8 +292,12 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _is_replaceable(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file() or (folder.is_dir() and not any(folder.iterdir()))
+def check_replaceable(folder: Path) -> None:
+    """Raises FileExistsError for what must not be overwritten: only an artifact or an empty
+    folder is ever replaced."""
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / "manifest.json").is_file():
+        raise FileExistsError(f"{folder}: exists and is not an artifact; not replacing it")
 
 
 def _inside(path: Path, folder: Path, name: object) -> None:

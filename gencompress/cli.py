@@ -76,11 +76,11 @@ def demo(
 ) -> None:
     """Run every method on its embedded default, then write one report."""
     from gencompress.report import write_report
-    from gencompress.run import METHODS, run
+    from gencompress.run import METHODS, check_method, run
 
     names = methods or list(METHODS)
     for name in names:
-        _known_method(name)
+        check_method(name)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: exists already; choose another --out or --overwrite")
     recipes = {name: read_recipe(shipped_recipes()[f"{name}-demo"]) for name in names}
@@ -114,9 +114,9 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Make one model smaller and measure what that cost."""
-    from gencompress.run import predict, run
+    from gencompress.run import check_method, predict, run
 
-    _known_method(method)
+    check_method(method)
     plan = _plan(method, target, keep, min_psnr, views, recipe, settings, seed, device)
     to_file = out is not None and bool(out.suffix) and not out.is_dir()
     if out is not None and to_file:
@@ -245,13 +245,6 @@ def backends(as_json: Json = False) -> None:
     for op, row in found.items():
         table.add_row(op, *row.values())
     out_console.print(table)
-
-
-def _known_method(name: str) -> None:
-    from gencompress.run import METHODS
-
-    if name not in METHODS:
-        raise RecipeError(f"method {name!r}: known are {', '.join(METHODS)}")
 
 
 def _plan(

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gencompress.artifact import Artifact, model_path, write_artifact
+from gencompress.artifact import (
+    Artifact,
+    check_replaceable,
+    model_path,
+    read_artifact,
+    write_artifact,
+)
 from gencompress.core.budget import parse_budget
 from gencompress.measure import Measurement
-from gencompress.recipe import Recipe, RecipeError, config_from
+from gencompress.recipe import Recipe, RecipeError, config_from, from_dict
 from gencompress.scenes import resolve
 
 METHODS = {"splat": "gencompress.splat"}
@@ -29,10 +34,15 @@ def quiet(text: str) -> None:
     """Progress nobody reads."""
 
 
-def method(name: str) -> ModuleType:
-    """The package of a method. Raises RecipeError for a name that is not in `METHODS`."""
+def check_method(name: str) -> None:
+    """Raises RecipeError for a name that is not in `METHODS`; imports nothing."""
     if name not in METHODS:
         raise RecipeError(f"method {name!r}: known are {', '.join(METHODS)}")
+
+
+def method(name: str) -> ModuleType:
+    """The package of a method. Raises RecipeError for a name that is not in `METHODS`."""
+    check_method(name)
     return importlib.import_module(METHODS[name])
 
 
@@ -57,8 +67,10 @@ def run(
         FileNotFoundError: there is no such target, or no folder to hold `out`.
     """
     out = Path(out)
+    # everything that would be refused after the work is refused before it
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: exists already; choose another name or --overwrite")
+    check_replaceable(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
     package, config, generator = _prepare(recipe)
@@ -66,9 +78,7 @@ def run(
     target = resolve(recipe.target)
     if target.resolve().is_relative_to(out.resolve()):
         raise FileExistsError(f"{out}: holds the input {target}; choose another name")
-    before, data = package.load(
-        str(target), recipe.data, recipe.device, recipe.dtype, config, strict
-    )
+    before, data = _load(package, recipe, config, strict)
     with tempfile.TemporaryDirectory(prefix="gencompress-") as work:
         began = time.perf_counter()
         result = package.compress(
@@ -104,12 +114,9 @@ def run(
 def predict(recipe: Recipe, *, strict: bool = False) -> dict[str, Any]:
     """What `run` would deliver, without the work: for `--dry-run`."""
     package, config, _ = _prepare(recipe)
-    target = resolve(recipe.target)
-    before, data = package.load(
-        str(target), recipe.data, recipe.device, recipe.dtype, config, strict
-    )
+    before, data = _load(package, recipe, config, strict)
     return {
-        "bytes_before": _bytes(target),
+        "bytes_before": _bytes(resolve(recipe.target)),
         **package.predict(before, data, recipe.budget, config),
     }
 
@@ -119,28 +126,24 @@ def measure_again(artifact: Artifact) -> list[Measurement]:
 
     Raises FileNotFoundError if the target is no longer where the recipe says.
     """
-    package, before, data, _ = reopen(artifact)
+    package, before, data, after = reopen(artifact)
     target = resolve(artifact.manifest["recipe"]["target"])
-    saved = artifact.folder / "model"
-    return [_file_size(target, saved), *package.measure(before, package.restore(saved), data)]
+    return [
+        _file_size(target, artifact.folder / "model"),
+        *package.measure(before, after, data),
+    ]
 
 
 def reopen(artifact: Artifact) -> tuple[ModuleType, Any, Any, Any]:
     """The method, the input model, the data and the compressed model of an artifact."""
-    from gencompress.recipe import from_dict
-
     recipe = from_dict(artifact.manifest["recipe"])
     package, config, _ = _prepare(recipe)
-    before, data = package.load(
-        str(resolve(recipe.target)), recipe.data, recipe.device, recipe.dtype, config, False
-    )
+    before, data = _load(package, recipe, config, False)
     return package, before, data, package.restore(artifact.folder / "model")
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
     """What a splat file, an artifact or an embedded scene holds, without running anything."""
-    from gencompress.artifact import read_artifact
-
     path = resolve(path)
     if (path / "manifest.json").is_file():
         artifact = read_artifact(path)
@@ -160,7 +163,6 @@ def inspect(path: str | Path) -> dict[str, Any]:
 def convert(source: str | Path, out: str | Path, *, strict: bool, overwrite: bool) -> int:
     """Reads one splat format (or the model of an artifact) and writes another; returns the count
     of splats. The suffix of `out` chooses the format."""
-    from gencompress.artifact import read_artifact
     from gencompress.splat.formats import read_splats, write_splats
 
     source, out = resolve(source), Path(out)
@@ -193,11 +195,8 @@ def compress(
     the artifact is kept in that folder too.
     """
     recipe = Recipe(method, str(target), parse_budget(keep), data or {}, settings, seed)
-    if out is not None:
-        artifact = run(recipe, out)
-        return importlib.import_module(METHODS[method]).restore(artifact.folder / "model")
     with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
-        artifact = run(recipe, Path(folder) / "artifact")
+        artifact = run(recipe, Path(folder) / "artifact" if out is None else out)
         return importlib.import_module(METHODS[method]).restore(artifact.folder / "model")
 
 
@@ -207,6 +206,11 @@ def _prepare(recipe: Recipe) -> tuple[ModuleType, Any, Any]:
     package = method(recipe.method)
     config = config_from(package.Config, recipe.config)
     return package, config, torch.Generator().manual_seed(recipe.seed)
+
+
+def _load(package: ModuleType, recipe: Recipe, config: Any, strict: bool) -> tuple[Any, Any]:
+    target = str(resolve(recipe.target))
+    return package.load(target, recipe.data, recipe.device, recipe.dtype, config, strict)
 
 
 def _file_size(before: Path, after: Path) -> Measurement:
@@ -224,9 +228,3 @@ def _digest(recipe: Recipe) -> str:
     """Of what the scores depend on beside the model: data, settings, seed."""
     parts = {"data": recipe.data, "config": recipe.config, "seed": recipe.seed}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def describe_config(name: str) -> Iterable[tuple[str, str]]:
-    """Name and default of each setting of a method."""
-    for field in dataclasses.fields(method(name).Config):
-        yield field.name, repr(field.default)

@@ -170,8 +170,3 @@ def test_one_call_with_and_without_a_folder(scene, tmp_path):
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(FormatError, match="is no splat file"):
         run.inspect(tmp_path)
-
-
-def test_settings_are_listed_with_their_defaults():
-    found = dict(run.describe_config("splat"))
-    assert found["num_views"] == "24" and found["score"] == "'merge'"

@@ -49,6 +49,11 @@ def tensors(cloud: SplatCloud) -> dict[str, Tensor]:
     return {f.name: getattr(cloud, f.name) for f in fields(cloud) if f.name != "antialiased"}
 
 
+def rows(cloud: SplatCloud, index: Tensor) -> SplatCloud:
+    """The splats of an index or a bool mask, in its order."""
+    return with_tensors(cloud, {name: field[index] for name, field in tensors(cloud).items()})
+
+
 def with_tensors(cloud: SplatCloud, new: dict[str, Tensor]) -> SplatCloud:
     """The same kind of cloud with these fields."""
     return replace(cloud, **new)

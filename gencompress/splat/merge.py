@@ -21,7 +21,7 @@ from gencompress_kernels.rasterize_splats.reference import rotation_matrices
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from gencompress.splat.cloud import SplatCloud, tensors, with_tensors
+from gencompress.splat.cloud import SplatCloud, rows, tensors, with_tensors
 from gencompress.splat.render import activate, removal_errors
 from gencompress.views.camera import Camera
 
@@ -137,7 +137,7 @@ def _apply(state: Simplified, pairs: Tensor) -> Simplified:
     )
     keep = ~gone
     return Simplified(
-        with_tensors(cloud, {name: field[keep] for name, field in tensors(cloud).items()}),
+        rows(cloud, keep),
         Blobs(*(field[keep] for field in blobs)),
         state.kept[keep],
     )
@@ -197,5 +197,5 @@ def quaternions(matrices: Tensor) -> Tensor:
         ],
         1,
     )
-    rows = table[torch.arange(len(m)), squares.argmax(0)]
-    return torch.nn.functional.normalize(rows, dim=-1)
+    best = table[torch.arange(len(m)), squares.argmax(0)]
+    return torch.nn.functional.normalize(best, dim=-1)

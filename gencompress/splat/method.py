@@ -24,7 +24,7 @@ from gencompress.core.units import Scores, Slice, Units
 from gencompress.files import FormatError
 from gencompress.measure import Measurement
 from gencompress.splat import quality
-from gencompress.splat.cloud import SplatCloud, tensors, with_tensors
+from gencompress.splat.cloud import SplatCloud, rows, tensors, with_tensors
 from gencompress.splat.correct import Picture, correct, pictures
 from gencompress.splat.formats import FORMATS, read_splats, sniff, suffix_format, write_splats
 from gencompress.splat.merge import Simplified, simplify, start
@@ -165,7 +165,7 @@ def compress(
 ) -> Compressed:
     """Fewer splats within the budget; see the module. `masks["main"]` names the originals that
     the rows of the result descend from, in order. `workdir` is not needed: nothing is resumed."""
-    suffix = data.suffix if config.format == "same" else config.format
+    suffix = _suffix(data, config)
     if cloud.scales.shape[1] == 2 and suffix != ".ply":
         raise ValueError(f"{suffix} holds no 2DGS surfels; only .ply does")
     progress("scoring")
@@ -272,11 +272,15 @@ def count_within(cloud: SplatCloud, found: Tensor, budget: Budget, suffix: str) 
         limit = _bytes_limit(cloud, budget, suffix)
         order = found.argsort(descending=True, stable=True)
         count = _largest_within(
-            num, limit, lambda n: quality.encoded_bytes(_rows(cloud, order[:n]), suffix)
+            num, limit, lambda n: quality.encoded_bytes(rows(cloud, order[:n]), suffix)
         )
     else:
         raise ValueError(f"a budget in {budget.unit}: splats are counted, or weighed in bytes")
     return _allowed(count, num, budget)
+
+
+def _suffix(data: Views, config: Config) -> str:
+    return data.suffix if config.format == "same" else config.format
 
 
 def _allowed(count: int, num: int, budget: Budget) -> int:
@@ -309,10 +313,6 @@ def _largest_within(num: int, limit: float, size: Callable[[int], int]) -> int:
         else:
             high, high_size = guess, at
     return low
-
-
-def _rows(cloud: SplatCloud, index: Tensor) -> SplatCloud:
-    return with_tensors(cloud, {name: field[index] for name, field in tensors(cloud).items()})
 
 
 def _bytes_limit(cloud: SplatCloud, budget: Budget, suffix: str) -> float | None:
@@ -380,7 +380,7 @@ def compare(
 
 def predict(cloud: SplatCloud, data: Views, budget: Budget, config: Config) -> dict[str, int]:
     """What `compress` would deliver: count of splats and bytes of the file, without merging."""
-    suffix = data.suffix if config.format == "same" else config.format
+    suffix = _suffix(data, config)
     found = scores(["opacity_volume"], cloud, [], torch.Generator())["opacity_volume"]
     count = count_within(cloud, found, budget, suffix)
     smaller = compact(cloud, {"main": top({GROUP: found}, count=count)})
@@ -413,7 +413,7 @@ def measure(before: SplatCloud, after: SplatCloud, data: Views) -> list[Measurem
 
 def save(result: Compressed, folder: Path, config: Config, data: Views) -> Path:
     """Writes `folder/scene.<format>`."""
-    suffix = data.suffix if config.format == "same" else config.format
+    suffix = _suffix(data, config)
     path = folder / quality.file_name(suffix)
     write_splats(path, result.model)
     return path

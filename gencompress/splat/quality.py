@@ -17,7 +17,7 @@ from torch import Tensor
 from gencompress.measure.cost import file_bytes
 from gencompress.measure.image import lpips, lpips_why_not, psnr, ssim
 from gencompress.measure.speed import Timing, time_call
-from gencompress.splat.cloud import SH_C0, SplatCloud, tensors, with_tensors
+from gencompress.splat.cloud import SH_C0, SplatCloud, rows, with_tensors
 from gencompress.splat.formats import read_splats, write_splats
 from gencompress.splat.render import render
 from gencompress.views.camera import Camera
@@ -172,7 +172,7 @@ def _largest(cloud: SplatCloud, most: int) -> SplatCloud:
     if len(cloud) <= most:
         return cloud
     index = sizes(cloud).topk(most).indices.sort().values
-    return with_tensors(cloud, {name: field[index] for name, field in tensors(cloud).items()})
+    return rows(cloud, index)
 
 
 def _flat_colored(cloud: SplatCloud) -> SplatCloud:

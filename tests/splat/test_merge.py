@@ -3,10 +3,9 @@ import pytest
 import torch
 from gencompress_kernels.rasterize_splats.reference import rotation_matrices
 from splat.scene_samples import ball, cameras
-from splat.test_score import rows
 
 from gencompress.splat import quality
-from gencompress.splat.cloud import SplatCloud, tensors, with_tensors
+from gencompress.splat.cloud import SplatCloud, rows, tensors, with_tensors
 from gencompress.splat.correct import correct, pictures
 from gencompress.splat.formats import read_splats
 from gencompress.splat.merge import quaternions, simplify, start, to_blobs, to_cloud

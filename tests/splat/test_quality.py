@@ -6,11 +6,10 @@ import pytest
 import torch
 from PIL import Image
 from splat.scene_samples import ball, cameras
-from splat.test_score import rows
 
 from gencompress.measure.cost import file_bytes
 from gencompress.splat import quality
-from gencompress.splat.cloud import tensors, with_tensors
+from gencompress.splat.cloud import rows, tensors, with_tensors
 from gencompress.splat.formats import read_splats, write_splats
 from gencompress.splat.render import render
 

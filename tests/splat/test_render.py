@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 import torch
 from splat.scene_samples import ball, cameras
-from splat.test_score import rows, straight, wall_and_hidden
+from splat.test_score import straight, wall_and_hidden
 
-from gencompress.splat.cloud import SH_C0, tensors, with_tensors
+from gencompress.splat.cloud import SH_C0, rows, tensors, with_tensors
 from gencompress.splat.render import FLAT, activate, removal_errors, render
 
 

@@ -5,15 +5,11 @@ import torch
 from splat.scene_samples import ball, cameras
 
 from gencompress.splat import quality
-from gencompress.splat.cloud import SplatCloud, tensors, with_tensors
+from gencompress.splat.cloud import SplatCloud, rows, tensors, with_tensors
 from gencompress.splat.formats import read_splats
 from gencompress.splat.render import render
 from gencompress.splat.score import SCORES, light_gaussian, look, mini_splatting, scores
 from gencompress.views.rig import scene_rig
-
-
-def rows(cloud, index):
-    return with_tensors(cloud, {name: field[index] for name, field in tensors(cloud).items()})
 
 
 def wall_and_hidden() -> SplatCloud:

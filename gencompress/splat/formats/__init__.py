@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gencompress.files import FormatError, writing
-from gencompress.splat.cloud import SplatCloud, tensors
+from gencompress.splat.cloud import SplatCloud, rows, tensors
 
 from . import compressed_ply, dotsplat, ply, sog, spz
 from .ply_header import read_header
@@ -127,8 +127,7 @@ def _finite(path: Path, cloud: SplatCloud, strict: bool) -> SplatCloud:
         "%s: dropped %d of %d splats with values that are not finite (%s)",
         path, bad, len(cloud), where,
     )  # fmt: skip
-    kept = {name: t[keep].contiguous() for name, t in tensors(cloud).items()}
-    return SplatCloud(**kept, antialiased=cloud.antialiased)
+    return rows(cloud, keep)
 
 
 def _finite_rows(cloud: SplatCloud) -> torch.Tensor | None:
