@@ -21,7 +21,15 @@ import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 FILES = {"cuda": "cuda", "triton": "triton_ops", "cpu": "cpu", "reference": "reference"}
-OPS = ("compact", "merge_splats", "rasterize_splats", "select")
+OPS = (
+    "adam_rows",
+    "compact",
+    "merge_splats",
+    "rasterize_splats",
+    "rasterize_surfels",
+    "select",
+    "ssim",
+)
 
 _chosen: ContextVar[str | None] = ContextVar("backend", default=None)
 _last: dict[str, str] = {}
@@ -75,16 +83,25 @@ def _why_not_here(op: str, backend: str) -> str | None:
 
 def pick(op: str, device: torch.device, backend: str | None = None) -> ModuleType:
     """The module of the backend that runs `op` now."""
+    return load(op, choose(op, device, backend))
+
+
+def choose(op: str, device: torch.device, backend: str | None = None) -> str:
+    """The name of the backend that runs `op` now."""
     wanted = backend or _chosen.get() or os.environ.get("GENCOMPRESS_BACKEND") or None
-    if wanted:
-        _check_name(wanted)
-        reason = why_not(op, wanted, device)
-        if reason:
-            raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run: {reason}")
-    else:
-        wanted = next(name for name in BACKENDS if why_not(op, name, device) is None)
-    _last[op] = wanted
-    return importlib.import_module(f"gencompress_kernels.{op}.{FILES[wanted]}")
+    if not wanted:
+        return next(name for name in BACKENDS if why_not(op, name, device) is None)
+    _check_name(wanted)
+    reason = why_not(op, wanted, device)
+    if reason:
+        raise BackendUnavailable(f"{op}: backend {wanted!r} cannot run: {reason}")
+    return wanted
+
+
+def load(op: str, backend: str) -> ModuleType:
+    """The module of a backend that `choose` named; counts as what ran last."""
+    _last[op] = backend
+    return importlib.import_module(f"gencompress_kernels.{op}.{FILES[backend]}")
 
 
 def last() -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gencompress_kernels import dispatch
-from gencompress_kernels.rasterize_splats.reference import Shot
+from gencompress_kernels.rasterize_splats.reference import Incoming, Shot
 
 
 class Rendered(NamedTuple):
@@ -34,6 +34,7 @@ def rasterize_splats(
     height: int,
     *,
     background: Tensor | None = None,  # [3]; black if None
+    probe: Tensor | None = None,  # [C, N, 4] changes nothing; takes a gradient, see below
     antialiased: bool = False,
     statistics: bool = False,
     backend: str | None = None,
@@ -48,8 +49,13 @@ def rasterize_splats(
     wider than 1e9 pixels is not drawn. In the statistics, max of w counts the splat that ends a
     pixel with the weight it would have had: a splat whose max is 0 can go without changing a bit.
 
+    Colours, alphas and depths carry gradients to all inputs but the intrinsics; the statistics
+    carry none. Order, culling and clamped values count as constant. `probe` is there for density
+    control: its gradient is that by the projected centre x and y in pixels, then the sums over
+    pixels of the absolute values of both (AbsGS, Ye et al. 2024).
+
     float32 on every backend; `reference` also takes float64. All inputs share dtype and device.
-    No gradients yet. Statistics have N rows if asked for, else 0 rows. Deterministic.
+    Statistics have N rows if asked for, else 0 rows. Deterministic, whatever the thread count.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or an input is not finite.
@@ -59,12 +65,14 @@ def rasterize_splats(
     if background is None:
         background = means.new_zeros(3)
     _check_shape("background", background, (3,), means)
-    return Rendered(
-        *_rasterize(
-            means, quats, scales, opacities, sh, viewmats, intrinsics, background,
-            width, height, antialiased, statistics, backend or "",
-        )
+    if probe is not None:
+        _check_shape("probe", probe, (len(viewmats), len(means), 4), means)
+    outputs = _rasterize(
+        means, quats, scales, opacities, sh, viewmats, intrinsics, background, probe,
+        width, height, antialiased, statistics,
+        dispatch.choose("rasterize_splats", means.device, backend),
     )  # fmt: skip
+    return Rendered(*outputs[:4])
 
 
 def splat_removal_errors(
@@ -143,31 +151,119 @@ def _rasterize(
     viewmats: Tensor,
     intrinsics: Tensor,
     background: Tensor,
+    probe: Tensor | None,
     width: int,
     height: int,
     antialiased: bool,
     statistics: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = dispatch.pick("rasterize_splats", means.device, backend or None).forward
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The four outputs, and what the gradient needs, the cameras one after the other."""
+    run = dispatch.load("rasterize_splats", backend).forward
     shots = _shots(
         means, quats, scales, opacities, sh, viewmats, intrinsics, width, height, antialiased
     )
-    outputs = [run(shot, background.contiguous(), statistics) for shot in shots]
-    first, second, third, fourth = zip(*outputs, strict=True)
-    return torch.stack(first), torch.stack(second), torch.stack(third), torch.stack(fourth)
+    drawn = list(zip(*(run(s, background.contiguous(), statistics) for s in shots), strict=True))
+    return (*(torch.stack(many) for many in drawn[:4]), *(torch.cat(many) for many in drawn[4:]))
 
 
 @_rasterize.register_fake
-def _(means, quats, scales, opacities, sh, viewmats, intrinsics, background, width, height,
+def _(means, quats, scales, opacities, sh, viewmats, intrinsics, background, probe, width, height,
       antialiased, statistics, backend):  # fmt: skip
-    cameras = viewmats.shape[0]
+    cameras, size = viewmats.shape[0], torch.library.get_ctx().new_dynamic_size
     return (
         means.new_empty(cameras, height, width, 3),
         means.new_empty(cameras, height, width),
         means.new_empty(cameras, height, width),
         means.new_empty(cameras, means.shape[0] if statistics else 0, 4),
+        means.new_empty(size(), 16),
+        means.new_empty(size(), dtype=torch.int64),
+        means.new_empty(size(), dtype=torch.int32),
     )
+
+
+def _gradients(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    sh: Tensor,
+    viewmats: Tensor,
+    intrinsics: Tensor,
+    background: Tensor,
+    pictures: list[Tensor],
+    incoming: list[Tensor],
+    saved: list[Tensor],
+    antialiased: bool,
+    absolute: bool,
+    poses: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients as in `reference.Gradients`: summed over cameras, but one each for the views."""
+    run = dispatch.load("rasterize_splats", backend).backward
+    cameras, height, width = pictures[1].shape
+    shots = _shots(
+        means, quats, scales, opacities, sh, viewmats, intrinsics, width, height, antialiased
+    )
+    records, offsets, pairs = saved
+    lists = offsets.reshape(cameras, -1)
+    counts = lists[:, -1].tolist() if lists.numel() else [0] * cameras
+    kept = zip(records.reshape(cameras, -1, 16), lists, pairs.split(counts), strict=True)
+    images = zip(*(t.contiguous() for t in (*pictures, *incoming)), strict=True)
+    found = [
+        run(shot, Incoming(*image, background), list(some), absolute, poses)
+        for shot, image, some in zip(shots, images, kept, strict=True)
+    ]
+    columns = list(zip(*found, strict=True))
+    summed = (many[0] if cameras == 1 else torch.stack(many).sum(0) for many in columns[:5])
+    return *summed, torch.stack(columns[5]), torch.stack(columns[6])
+
+
+_rasterize_backward = torch.library.custom_op(
+    "gencompress::rasterize_splats_backward", _gradients, mutates_args=()
+)
+
+
+@_rasterize_backward.register_fake
+def _(means, quats, scales, opacities, sh, viewmats, intrinsics, background, pictures, incoming,
+      saved, antialiased, absolute, poses, backend):  # fmt: skip
+    splats = [torch.empty_like(t) for t in (means, quats, scales, opacities, sh, viewmats)]
+    return *splats, means.new_empty(viewmats.shape[0], means.shape[0], 4)
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, probe, _, _, antialiased, _, backend = inputs
+    ctx.save_for_backward(*tensors, *output[:3], *output[4:])
+    ctx.antialiased, ctx.backend = antialiased, backend
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, *grads):
+    tensors = ctx.saved_tensors
+    inputs, pictures, saved = tensors[:8], list(tensors[8:11]), list(tensors[11:])
+    nothing = (None,) * 5
+    if all(grad is None for grad in grads[:3]):
+        return *(None,) * 9, *nothing
+    incoming = [
+        torch.zeros_like(picture) if grad is None else grad
+        for picture, grad in zip(pictures, grads[:3], strict=True)
+    ]
+    needs = ctx.needs_input_grad
+    # inside an op there is no autograd, which is how the reference finds its gradients
+    run = _gradients if ctx.backend == "reference" else _rasterize_backward
+    found = run(
+        *inputs, pictures, incoming, saved, ctx.antialiased, needs[8], needs[5], ctx.backend
+    )
+    behind = 1 - pictures[1]
+    background = (incoming[0] * behind[..., None]).sum((0, 1, 2)) if needs[7] else None
+    return (
+        *found[:5], found[5] if needs[5] else None, None, background,
+        found[6] if needs[8] else None, *nothing,
+    )  # fmt: skip
+
+
+_rasterize.register_autograd(_differentiate, setup_context=_keep)
 
 
 @torch.library.custom_op("gencompress::splat_removal_errors", mutates_args=())

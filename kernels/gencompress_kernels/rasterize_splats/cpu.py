@@ -28,6 +28,9 @@ from gencompress_kernels.rasterize_splats.reference import (
     MIN_DETERMINANT,
     MIN_TRANSMITTANCE,
     NEAR,
+    Drawn,
+    Gradients,
+    Incoming,
     Shot,
 )
 
@@ -51,10 +54,8 @@ E1, E2, E3, E4, E5, E6 = (
 )
 
 
-def forward(
-    shot: Shot, background: Tensor, statistics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """float32. Returns colours, alphas, depths and statistics as the reference."""
+def forward(shot: Shot, background: Tensor, statistics: bool) -> Drawn:
+    """float32. As the reference, and what `backward` needs."""
     width, height = shot.width, shot.height
     records = project(shot)
     order, offsets, pairs = tile_lists(records, width, height)
@@ -67,7 +68,17 @@ def forward(
     alphas = np.empty((height, width), f32)
     depths = np.empty((height, width), f32)
     _untile(planes, background.numpy(), colors, alphas, depths)
-    return tuple(torch.from_numpy(array) for array in (colors, alphas, depths, totals))
+    arrays = (colors, alphas, depths, totals, records, offsets, pairs)
+    return Drawn(*(torch.from_numpy(array) for array in arrays))
+
+
+def backward(
+    shot: Shot, incoming: Incoming, saved: list[Tensor], absolute: bool, poses: bool
+) -> Gradients:
+    """float32. As the reference."""
+    from gencompress_kernels.rasterize_splats.cpu_backward import backward
+
+    return backward(shot, incoming, saved, absolute, poses)
 
 
 def removal_errors(shot: Shot) -> Tensor:

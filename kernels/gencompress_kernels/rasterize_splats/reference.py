@@ -38,10 +38,44 @@ class Shot(NamedTuple):
     antialiased: bool
 
 
-def forward(
-    shot: Shot, background: Tensor, statistics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns colours [H, W, 3], alphas [H, W], depths [H, W], statistics [N, 4]."""
+class Incoming(NamedTuple):
+    """A picture, and the gradients that come into it."""
+
+    colors: Tensor  # [H, W, 3] with the background
+    alphas: Tensor  # [H, W]
+    depths: Tensor  # [H, W]
+    for_colors: Tensor  # [H, W, 3]
+    for_alphas: Tensor  # [H, W]
+    for_depths: Tensor  # [H, W]
+    background: Tensor  # [3]
+
+
+class Gradients(NamedTuple):
+    """What goes out of one picture to each input."""
+
+    means: Tensor  # [N, 3]
+    quats: Tensor  # [N, 4]
+    scales: Tensor  # [N, 3]
+    opacities: Tensor  # [N]
+    sh: Tensor  # [N, K, 3]
+    viewmat: Tensor  # [4, 4]; 0 unless asked for
+    probe: Tensor  # [N, 4] by the projected centre x, y; sums of absolute pixel terms if asked for
+
+
+class Drawn(NamedTuple):
+    """One picture; and what the gradient needs of the way there, empty where nothing."""
+
+    colors: Tensor  # [H, W, 3]
+    alphas: Tensor  # [H, W]
+    depths: Tensor  # [H, W]
+    statistics: Tensor  # [N, 4], or [0, 4] if not asked for
+    records: Tensor  # [N, 16] float32: one projected splat each
+    offsets: Tensor  # [tiles + 1] int64: tile t blends pairs[offsets[t]:offsets[t + 1]]
+    pairs: Tensor  # [pairs] int32
+
+
+def forward(shot: Shot, background: Tensor, statistics: bool) -> Drawn:
+    """One picture; keeps nothing, `backward` runs it again."""
     means, width, height = shot.means, shot.width, shot.height
     splats = project(shot)
     num = means.shape[0] if statistics else 0
@@ -65,12 +99,50 @@ def forward(
             best, winner = weights.max(1)
             hits = torch.bincount(winner[best > 0], minlength=weights.shape[1])
             first.index_add_(0, index, hits.to(first.dtype))
-    return (
+    return Drawn(
         torch.cat(colors).reshape(height, width, 3),
         torch.cat(alphas).reshape(height, width),
         torch.cat(depths).reshape(height, width),
         torch.stack([total, largest, count, first], -1),
+        means.new_empty(0, 16),
+        torch.empty(0, dtype=torch.int64, device=means.device),
+        torch.empty(0, dtype=torch.int32, device=means.device),
     )
+
+
+def backward(
+    shot: Shot, incoming: Incoming, saved: list[Tensor], absolute: bool, poses: bool
+) -> Gradients:
+    """By torch's autograd through the same formulas; `saved` is not needed."""
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in shot[:6]]
+        shot = shot._replace(**dict(zip(Shot._fields[:6], inputs, strict=True)))
+        splats = project(shot)
+        centers = splats["centers"]
+        chunks = _pixel_chunks(shot.width, shot.height, len(centers), shot.means)
+        sizes = [len(chunk) for chunk in chunks]
+        for_colors, for_depths = incoming.for_colors.reshape(-1, 3), incoming.for_depths.flatten()
+        for_left = for_colors @ incoming.background - incoming.for_alphas.flatten()
+        total = shot.means.sum() * 0
+        spread = []
+        incomes = (part.split(sizes) for part in (for_colors, for_depths, for_left))
+        for pixels, color, depth, left in zip(chunks, *incomes, strict=True):
+            here = splats
+            if absolute:  # a copy of the centres a pixel, so that each keeps its own gradient
+                spread.append(centers.expand(len(pixels), -1, -1).clone())
+                here = splats | {"centers": spread[-1]}
+            weights, _, behind = blend_weights(here, pixels)
+            total = total + (weights @ splats["colors"] * color).sum()
+            total = total + (weights @ splats["depths"] * depth).sum() + (behind * left).sum()
+        wanted = [*inputs, *(spread or [centers])]
+        outgoing = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+    probe = shot.means.new_zeros(len(shot.means), 4)
+    by_pixel = torch.cat(outgoing[6:]) if absolute else outgoing[6][None]
+    probe[splats["index"], :2] = by_pixel.sum(0)
+    if absolute:
+        probe[splats["index"], 2:] = by_pixel.abs().sum(0)
+    gradients = Gradients(*outgoing[:6], probe)
+    return gradients if poses else gradients._replace(viewmat=torch.zeros_like(shot.viewmat))
 
 
 def removal_errors(shot: Shot) -> Tensor:
@@ -165,7 +237,7 @@ def blend_weights(splats: dict[str, Tensor], pixels: Tensor) -> tuple[Tensor, Te
     Returns weights [P, M] = alpha * transmittance (0 where not blended), alphas [P, M], and the
     transmittance left behind all splats [P].
     """
-    offset = splats["centers"] - pixels[:, None, :]
+    offset = splats["centers"] - pixels[:, None, :]  # centres [M, 2], or [P, M, 2] to tell apart
     dx, dy = offset.unbind(-1)
     a, b, c = splats["conics"].unbind(-1)
     q = (0.5 * (a * dx * dx + c * dy * dy) + b * dx * dy).clamp_min(0)
