@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gencompress_kernels import dispatch
+from gencompress_kernels.adam_rows import adam_rows_
 from gencompress_kernels.compact import gather_rows
 from gencompress_kernels.merge_splats import Blobs, splat_merge_costs
 from gencompress_kernels.rasterize_splats import (
@@ -33,6 +34,7 @@ from gencompress_kernels.rasterize_splats import (
     splat_removal_errors,
 )
 from gencompress_kernels.select import select_top
+from gencompress_kernels.ssim import ssim
 from torch import Tensor
 
 TILE = 16
@@ -223,6 +225,69 @@ def bench_compact() -> Iterator[Row]:
     yield row("compact", ours, plain, f"{backend}; 236 MB moved")
 
 
+def torch_ssim(images: Tensor, wanted: Tensor) -> Tensor:
+    """As trainers write it: five grouped convolutions by the 11x11 window. [H, W, C]."""
+    bell = torch.exp(-((torch.arange(11.0) - 5) ** 2) / 4.5)
+    window = (torch.outer(bell, bell) / bell.sum() ** 2).expand(3, 1, 11, 11).contiguous()
+    x, y = images.permute(2, 0, 1)[None], wanted.permute(2, 0, 1)[None]
+    mx, my, xx, yy, xy = (
+        torch.conv2d(moment, window, padding=5, groups=3) for moment in (x, y, x * x, y * y, x * y)
+    )
+    top = (2 * mx * my + 1e-4) * (2 * (xy - mx * my) + 9e-4)
+    return (top / ((mx**2 + my**2 + 1e-4) * (xx - mx**2 + yy - my**2 + 9e-4))).mean()
+
+
+def bench_ssim() -> Iterator[Row]:
+    """Forward and backward of an image of 512x512x3."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand(512, 512, 3, generator=g).requires_grad_()
+    wanted = torch.rand(512, 512, 3, generator=g)
+
+    def both(measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        return torch.autograd.grad(measure(images, wanted), images)[0]
+
+    truth = both(torch_ssim)
+    error = (both(ssim) - truth).abs().max() / truth.abs().max()
+    if error > 1e-4:
+        raise RuntimeError(f"the two do not have the same gradient: {error:.1e}")
+    convolved = timed(lambda: both(torch_ssim), 3)
+    plain = timed(lambda: both(lambda x, y: ssim(x, y, backend="reference")), 5)
+    ours = timed(lambda: both(ssim), 15)
+    yield row("torch conv2d, grouped", convolved, None, "as trainers write it")
+    yield row("reference, separable", plain, convolved)
+    yield row("ssim", ours, plain, "forward and backward; 35 MB and 0.28 GFLOP at least")
+    yield row("ssim, forward alone", timed(lambda: ssim(images.detach(), wanted), 15))
+
+
+def bench_adam() -> Iterator[Row]:
+    """A step of 200k splats' colours, 48 floats each."""
+    g = torch.Generator().manual_seed(0)
+    values, gradient = (torch.randn(200_000, 16, 3, generator=g) for _ in range(2))
+    first, second = torch.zeros_like(values), torch.zeros_like(values)
+    rate, rows = torch.full((48,), 1e-3), torch.rand(200_000, generator=g) < 0.5
+    theirs = torch.nn.Parameter(values.clone())
+    theirs.grad = gradient
+    fused = torch.optim.Adam([theirs], lr=1e-3, eps=1e-15, fused=True)
+    each = torch.optim.Adam([theirs], lr=1e-3, eps=1e-15, foreach=True)
+    # a step reads 4 arrays and writes 3: as many bytes as copying 3.5
+    source = np.ones(values.numel() * 7 // 2, np.float32)
+    target = np.zeros_like(source)
+    foreach = timed(each.step, 3)
+    copy, torchs, ours, some = in_turns(
+        lambda: np.copyto(target, source),
+        fused.step,
+        lambda: adam_rows_(values, first, second, gradient, rate, 10),
+        lambda: adam_rows_(values, first, second, gradient, rate, 10, rows=rows),
+        repeats=15,
+    )
+    yield row("numpy copy of the same bytes", copy, None, f"{2 * source.nbytes / 1e6:.0f} MB")
+    yield row("torch.optim.Adam(fused)", torchs)
+    yield row("torch.optim.Adam(foreach)", foreach)
+    yield row("adam_rows", ours, torchs, "against fused")
+    yield row("adam_rows", ours, copy, "against the copy")
+    yield row("adam_rows, half the rows", some, copy, "at random; against the copy")
+
+
 def bench_ply() -> Iterator[Row]:
     """Reading a .ply of 1 million splats of degree 3, its pages in memory."""
     from gencompress.splat.cloud import SplatCloud
@@ -290,6 +355,8 @@ BENCHES = {
     "merge": bench_merge,
     "select": bench_select,
     "compact": bench_compact,
+    "ssim": bench_ssim,
+    "adam": bench_adam,
     "ply": bench_ply,
     "scoring": bench_scoring,
 }

@@ -83,7 +83,7 @@ def test_unknown_names_list_the_known():
         run("fast")
     with pytest.raises(ValueError, match="unknown backend 'fast'"), use_backend("fast"):
         pass
-    with pytest.raises(ValueError, match="unknown op 'sort'; known: compact"):
+    with pytest.raises(ValueError, match="unknown op 'sort'; known: adam_rows, compact"):
         why_not("sort", "cpu")
 
 
