@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gencompress_kernels import jit
+from gencompress_kernels.rasterize_splats.cpu_harmonics import sh_color
 from gencompress_kernels.rasterize_splats.reference import (
     BLUR,
     FRUSTUM_MARGIN,
@@ -235,33 +236,7 @@ def _project(
         r[DEPTH] = z
         r[REACH_X], r[REACH_Y], r[LIMIT] = reach_x, reach_y, limit
         for channel in range(3):
-            r[RED + channel] = max(_sh_color(sh[n], channel, bands, dx, dy, dz), f32(0.0))
-
-
-@jit.inline
-def _sh_color(sh, i, bands, x, y, z):
-    color = f32(0.5) + f32(0.28209479177387814) * sh[0, i]
-    if bands > 1:
-        color += f32(0.4886025119029199) * (z * sh[2, i] - y * sh[1, i] - x * sh[3, i])
-    if bands > 4:
-        xx, yy, zz = x * x, y * y, z * z
-        color += (
-            f32(1.0925484305920792) * (x * y * sh[4, i] - y * z * sh[5, i] - x * z * sh[7, i])
-            + f32(0.31539156525252005) * (f32(2.0) * zz - xx - yy) * sh[6, i]
-            + f32(0.5462742152960396) * (xx - yy) * sh[8, i]
-        )
-    if bands > 9:
-        xx, yy, zz = x * x, y * y, z * z
-        ring = f32(0.4570457994644658) * (f32(4.0) * zz - xx - yy)
-        color += (
-            f32(0.3731763325901154) * z * (f32(2.0) * zz - f32(3.0) * (xx + yy)) * sh[12, i]
-            - ring * (y * sh[11, i] + x * sh[13, i])
-            + f32(2.890611442640554) * x * y * z * sh[10, i]
-            + f32(1.445305721320277) * z * (xx - yy) * sh[14, i]
-            - f32(0.5900435899266435)
-            * (y * (f32(3.0) * xx - yy) * sh[9, i] + x * (xx - f32(3.0) * yy) * sh[15, i])
-        )
-    return color
+            r[RED + channel] = max(sh_color(sh[n], channel, bands, dx, dy, dz), f32(0.0))
 
 
 @jit.serial

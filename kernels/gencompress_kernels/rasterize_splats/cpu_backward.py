@@ -35,6 +35,7 @@ from gencompress_kernels.rasterize_splats.cpu import (
     X,
     f32,
 )
+from gencompress_kernels.rasterize_splats.cpu_harmonics import direction_slope, sh_basis
 from gencompress_kernels.rasterize_splats.reference import (
     BLUR,
     FRUSTUM_MARGIN,
@@ -350,13 +351,13 @@ def _project_backward(
             dx, dy, dz = dx / length, dy / length, dz / length
             for k in range(3):
                 color[k] = s[G_RED + k] if r[RED + k] > f32(0.0) else f32(0.0)
-            _basis(dx, dy, dz, bands, basis)
+            sh_basis(dx, dy, dz, bands, basis)
             for j in range(bands):
                 slope[j] = f32(0.0)
                 for k in range(3):
                     d_sh[n, j, k] = basis[j] * color[k]
                     slope[j] += sh[n, j, k] * color[k]
-            w_x, w_y, w_z = _direction_slope(dx, dy, dz, bands, slope)
+            w_x, w_y, w_z = direction_slope(dx, dy, dz, bands, slope)
             inward = w_x * dx + w_y * dy + w_z * dz
             w_x = (w_x - inward * dx) / length
             w_y = (w_y - inward * dy) / length
@@ -402,74 +403,3 @@ def _quaternion_slope(d, w, x, y, z, norm, out):
     out[1] = (g_x - inward * x) / norm
     out[2] = (g_y - inward * y) / norm
     out[3] = (g_z - inward * z) / norm
-
-
-@jit.inline
-def _basis(x, y, z, bands, out):
-    """Spherical harmonics at a unit direction, as `reference.sh_basis`."""
-    out[0] = f32(0.28209479177387814)
-    if bands > 1:
-        k = f32(0.4886025119029199)
-        out[1], out[2], out[3] = -k * y, k * z, -k * x
-    if bands > 4:
-        xx, yy, zz = x * x, y * y, z * z
-        k = f32(1.0925484305920792)
-        out[4], out[5], out[7] = k * x * y, -k * y * z, -k * x * z
-        out[6] = f32(0.31539156525252005) * (f32(2.0) * zz - xx - yy)
-        out[8] = f32(0.5462742152960396) * (xx - yy)
-    if bands > 9:
-        xx, yy, zz = x * x, y * y, z * z
-        ring = f32(-0.4570457994644658) * (f32(4.0) * zz - xx - yy)
-        out[9] = f32(-0.5900435899266435) * y * (f32(3.0) * xx - yy)
-        out[10] = f32(2.890611442640554) * x * y * z
-        out[11] = ring * y
-        out[12] = f32(0.3731763325901154) * z * (f32(2.0) * zz - f32(3.0) * (xx + yy))
-        out[13] = ring * x
-        out[14] = f32(1.445305721320277) * z * (xx - yy)
-        out[15] = f32(-0.5900435899266435) * x * (xx - f32(3.0) * yy)
-
-
-@jit.inline
-def _direction_slope(x, y, z, bands, v):
-    """Gradient by the direction (not yet projected onto the sphere) of sum_j v_j Y_j."""
-    gx, gy, gz = f32(0.0), f32(0.0), f32(0.0)
-    if bands > 1:
-        k = f32(0.4886025119029199)
-        gx, gy, gz = -k * v[3], -k * v[1], k * v[2]
-    if bands > 4:
-        k, m, h = f32(1.0925484305920792), f32(0.6307831305050401), f32(1.0925484305920792)
-        gx += k * (y * v[4] - z * v[7]) - m * x * v[6] + h * x * v[8]
-        gy += k * (x * v[4] - z * v[5]) - m * y * v[6] - h * y * v[8]
-        gz += f32(2.0) * m * z * v[6] - k * (y * v[5] + x * v[7])
-    if bands > 9:
-        two, three, six, eight = f32(2.0), f32(3.0), f32(6.0), f32(8.0)
-        xx, yy, zz = x * x, y * y, z * z
-        a, b = f32(0.5900435899266435), f32(2.890611442640554)
-        c, d, e = f32(0.4570457994644658), f32(0.3731763325901154), f32(1.445305721320277)
-        ring = f32(4.0) * zz - xx - yy
-        gx += (
-            -a * six * x * y * v[9]
-            + b * y * z * v[10]
-            + c * two * x * y * v[11]
-            - d * six * x * z * v[12]
-            - c * (ring - two * xx) * v[13]
-            + e * two * x * z * v[14]
-            - a * three * (xx - yy) * v[15]
-        )
-        gy += (
-            -a * three * (xx - yy) * v[9]
-            + b * x * z * v[10]
-            - c * (ring - two * yy) * v[11]
-            - d * six * y * z * v[12]
-            + c * two * x * y * v[13]
-            - e * two * y * z * v[14]
-            + a * six * x * y * v[15]
-        )
-        gz += (
-            b * x * y * v[10]
-            - c * eight * y * z * v[11]
-            + d * (six * zz - three * (xx + yy)) * v[12]
-            - c * eight * x * z * v[13]
-            + e * (xx - yy) * v[14]
-        )
-    return gx, gy, gz
