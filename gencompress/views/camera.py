@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,3 +129,67 @@ def pixel_rays(camera: Camera, pixels: Tensor | None = None) -> tuple[Tensor, Te
     directions = directions @ camera.world_to_camera[:3, :3]
     directions = directions / directions.norm(dim=-1, keepdim=True)
     return camera.position.expand_as(directions), directions
+
+
+def twisted(viewmats: Tensor, twist: Tensor) -> Tensor:
+    """World-to-camera matrices moved by small rigid motions of camera space: exp(twist) @ viewmats.
+
+    For optimising poses: differentiable in both, as often as wanted, with the exact gradient at
+    twist = 0 too, where the result is `viewmats`.
+
+    Args:
+        viewmats: [..., 4, 4] float32 or float64.
+        twist: [..., 6] = (rho, phi) of se(3), translation before rotation: phi is axis times angle
+            in radians, rho the velocity, in world units, that the motion starts with. Leading
+            axes broadcast.
+
+    Returns:
+        [..., 4, 4] of the dtype of `viewmats`: [[R, V rho], [0, 1]] @ viewmats with
+        R = I + a K + b K^2, V = I + b K + c K^2, K the cross product with phi and
+        a = sin t / t, b = (1 - cos t) / t^2, c = (t - sin t) / t^3 of the angle t = |phi|
+        (Rodrigues' formula; Murray, Li and Sastry, "A Mathematical Introduction to Robotic
+        Manipulation", exponential coordinates).
+    """
+    if viewmats.shape[-2:] != (4, 4) or twist.shape[-1:] != (6,):
+        raise ValueError(
+            f"viewmats {tuple(viewmats.shape)} and twist {tuple(twist.shape)}, "
+            "expected [..., 4, 4] and [..., 6]"
+        )
+    rho, phi = twist.to(viewmats.dtype).split(3, dim=-1)
+    x, y, z = phi.unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
+    square = cross @ cross
+    a, b, c = (f[..., None, None] for f in _rotation_factors((phi * phi).sum(-1)))
+    eye = torch.eye(3, dtype=viewmats.dtype, device=viewmats.device)
+    rotation = eye + a * cross + b * square
+    shift = (eye + b * cross + c * square) @ rho[..., None]
+    moved = torch.cat([rotation, shift], dim=-1) @ viewmats
+    return torch.cat([moved, viewmats[..., 3:, :].expand(*moved.shape[:-2], 1, 4)], dim=-2)
+
+
+def _rotation_factors(square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sin t / t, (1 - cos t) / t^2 and (t - sin t) / t^3 of t^2, smooth at zero.
+
+    Below t = 1 by series in t^2, nine terms of which leave 1e-18; above, the closed form loses less
+    than a digit.
+    """
+    near = square < 1.0
+    angle = torch.where(near, 1.0, square).sqrt()  # 1 keeps the gradient of the other branch finite
+    small = torch.where(near, square, 0.0)
+    far = (
+        angle.sin() / angle,
+        2 * ((angle / 2).sin() / angle) ** 2,
+        (angle - angle.sin()) / angle**3,
+    )
+    return tuple(
+        torch.where(near, _series(small, k), f) for k, f in zip((1, 2, 3), far, strict=True)
+    )
+
+
+def _series(square: Tensor, first: int) -> Tensor:
+    """1/first! - square/(first + 2)! + square^2/(first + 4)! - ..., nine terms, by Horner."""
+    total = torch.zeros_like(square)
+    for power in reversed(range(9)):
+        total = 1 / math.factorial(first + 2 * power) - square * total
+    return total

@@ -138,6 +138,32 @@ def scene_rig(
     return score, max(tests, key=lambda test: nearest_angle(score, test))
 
 
+def rig_apart(
+    points: Tensor,
+    weights: Tensor | None = None,
+    *,
+    num: int,
+    apart: Sequence[Camera],
+    width: int = 512,
+    height: int = 512,
+    fov_deg: float = 45.0,
+    up: Sequence[float] = UP,
+    min_elevation: float = -30.0,
+    max_elevation: float = 80.0,
+) -> list[Camera]:
+    """A Fibonacci rig of `num` as in `scene_rig`, turned about `up` to where its nearest view is
+    farthest from those of `apart`: more views to learn from, none of them among the others."""
+    centre, radius = scene_sphere(points, weights)
+    tries = [
+        fibonacci_rig(
+            centre, radius, num, up=up, min_elevation=min_elevation, max_elevation=max_elevation,
+            width=width, height=height, fov_deg=fov_deg, turn=(step + 0.5) / 64, name="tune",
+        )
+        for step in range(64)
+    ]  # fmt: skip
+    return max(tries, key=lambda rig: nearest_angle(rig, apart))
+
+
 def split_rig(cameras: Sequence[Camera], every: int = 8) -> tuple[list[Camera], list[Camera]]:
     """Every `every`-th camera, the first included, is held out: (others, held out)."""
     if every < 2:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gencompress.views.camera import Camera, look_at, pixel_rays, project
+from gencompress.views.camera import Camera, look_at, pixel_rays, project, twisted
 
 LENSES = [(), (0.0578421, -0.0805099, -0.000980296, 0.00015575), (-0.2, 0.05, 0.01, -0.02)]
 
@@ -125,3 +125,69 @@ def test_look_at_itself_is_refused():
 def test_position_is_the_camera_centre():
     assert camera(world_to_camera=turned()).position.tolist() == pytest.approx([1, -2, -3])
     assert math.isclose(float(camera().intrinsics[1, 2]), 11.0)
+
+
+def matrix_of(twist: torch.Tensor) -> torch.Tensor:
+    """[4, 4] the element of se(3): rho in the last column, the cross product with phi beside."""
+    x, y, z, a, b, c = twist.unbind()
+    zero = torch.zeros_like(x)
+    rows = [[zero, -c, b, x], [c, zero, -a, y], [-b, a, zero, z], [zero] * 4]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+ANGLES = [0.0, 1e-30, 1e-9, 1e-4, 0.3, 0.999999, 1.000001, 3.0, math.pi, 6.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("angle", ANGLES)
+def test_twisted_is_the_matrix_exponential(angle, dtype):
+    axis = torch.tensor([2.0, -3.0, 6.0], dtype=torch.float64) / 7
+    twist = torch.cat([torch.tensor([0.4, -1.3, 0.8]).double(), axis * angle])
+    expected = torch.linalg.matrix_exp(matrix_of(twist)) @ turned()
+    found = twisted(turned().to(dtype), twist.to(dtype))
+    assert found.dtype == dtype
+    tolerance = 40 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_twisted_by_hand():
+    """A pure translation adds to the camera's coordinates; a quarter turn about z maps x to y."""
+    eye = torch.eye(4, dtype=torch.float64)
+    moved = twisted(eye, torch.tensor([1.0, 2.0, 3.0, 0, 0, 0]))
+    assert moved[:3, 3].tolist() == [1, 2, 3] and torch.equal(moved[:3, :3], eye[:3, :3])
+    quarter = twisted(eye, torch.tensor([0, 0, 0, 0, 0, math.pi / 2], dtype=torch.float64))
+    assert (quarter[:3, :3] @ eye[0, :3]).tolist() == pytest.approx([0, 1, 0])
+    assert torch.equal(twisted(turned(), torch.zeros(6).double()), turned())
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-5, 0.5, 1.5])
+def test_the_gradient_of_twisted(angle):
+    """At zero too, first and second, against finite differences."""
+    twist = torch.tensor([0.2, -0.5, 0.7, 0.6, 0.0, -0.8], dtype=torch.float64)
+    twist[3:] *= angle
+    if angle == 0:
+        twist.zero_()
+    inputs = (turned().requires_grad_(), twist.requires_grad_())
+    assert torch.autograd.gradcheck(twisted, inputs)
+    assert torch.autograd.gradgradcheck(twisted, inputs)
+
+
+def test_the_gradient_at_zero_is_the_generators():
+    """d exp(twist) / d twist_i is the i-th element of the basis of se(3), exactly."""
+    jacobian = torch.autograd.functional.jacobian(
+        lambda twist: twisted(torch.eye(4, dtype=twist.dtype), twist), torch.zeros(6)
+    )
+    for i in range(6):
+        assert torch.equal(jacobian[..., i], matrix_of(torch.eye(6)[i]))
+
+
+def test_twisted_broadcasts(generator):
+    twists = torch.randn(5, 1, 6, generator=generator, dtype=torch.float64)
+    viewmats = torch.stack([turned(), torch.eye(4).double()])
+    found = twisted(viewmats, twists)
+    assert found.shape == (5, 2, 4, 4)
+    torch.testing.assert_close(found[3, 0], twisted(turned(), twists[3, 0]))
+    assert torch.equal(found[..., 3, :], torch.tensor([0, 0, 0, 1.0]).double().expand(5, 2, 4))
+    assert twisted(viewmats[:0], torch.zeros(0, 6)).shape == (0, 4, 4)
+    with pytest.raises(ValueError, match=r"expected \[\.\.\., 4, 4\] and \[\.\.\., 6\]"):
+        twisted(viewmats, torch.zeros(3))
