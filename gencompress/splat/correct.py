@@ -47,7 +47,7 @@ def _step(cloud: SplatCloud, wanted: Sequence[Picture]) -> SplatCloud:
     sums = torch.zeros(len(cloud), 6, dtype=torch.float64)
     active = activate(cloud)
     for camera, colors, alphas in wanted:
-        view = lens(cloud, camera)
+        view = lens(cloud.means, camera)
         sums += splat_corrections(
             **active,
             viewmats=view["viewmats"],

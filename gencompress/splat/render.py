@@ -44,7 +44,7 @@ def render(
     """One pinhole picture (lens distortion is ignored): colors [1, H, W, 3] and so on."""
     return rasterize_splats(
         **activate(cloud),
-        **lens(cloud, camera),
+        **lens(cloud.means, camera),
         background=background,
         statistics=statistics,
         antialiased=cloud.antialiased,
@@ -54,13 +54,12 @@ def render(
 def removal_errors(cloud: SplatCloud, camera: Camera) -> Tensor:
     """[N] squared change of the picture if one splat alone were taken out."""
     return splat_removal_errors(
-        **activate(cloud), **lens(cloud, camera), antialiased=cloud.antialiased
+        **activate(cloud), **lens(cloud.means, camera), antialiased=cloud.antialiased
     )[0]
 
 
-def lens(cloud: SplatCloud, camera: Camera) -> dict[str, Any]:
-    """The camera as the rasterizer takes it, a batch of one."""
-    like = cloud.means
+def lens(like: Tensor, camera: Camera) -> dict[str, Any]:
+    """The camera as the rasterizer takes it, a batch of one, with dtype and device of `like`."""
     return {
         "viewmats": camera.world_to_camera.to(like)[None],
         "intrinsics": camera.intrinsics.to(like)[None],
