@@ -45,6 +45,12 @@ PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse files with values to drop.")]
+Out = Annotated[Path | None, typer.Option(help="Artifact folder, or a model file.")]
+RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe file, or a shipped one.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="name=value")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of every random choice.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Predict the size only.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 
@@ -99,48 +105,55 @@ def demo(
 def compress(
     method: Annotated[str, typer.Argument(help="Method; see `gencompress list`.")],
     target: Annotated[str | None, typer.Argument(help="Model file, or an embedded scene.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Artifact folder, or a model file.")] = None,
+    out: Out = None,
     keep: Annotated[str | None, typer.Option(help="40%, 50k, 3MB, '40% bytes'")] = None,
     min_psnr: Annotated[float, typer.Option(help="Smallest result that holds it, dB.")] = 0.0,
+    finetune: Annotated[int | None, typer.Option(help="Steps of training afterwards.")] = None,
     views: Annotated[str | None, typer.Option(help="Capture whose cameras to use.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe file, or a shipped one.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="name=value")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of every random choice.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict the size only.")] = False,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    seed: Seed = None,
+    device: Device = None,
+    dry_run: DryRun = False,
     strict: Strict = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Make one model smaller and measure what that cost."""
-    from gencompress.run import check_method, predict, run
+    plan = _plan("compress", method, target, recipe, {"seed": seed, "device": device})
+    if keep is not None and min_psnr:
+        raise RecipeError("--keep and --min-psnr: give one of them")
+    _set_budget(plan, "100%" if min_psnr else keep)
+    if views is not None:
+        plan["data"] = {**plan.get("data", {}), "views": views}
+    given = {"min_psnr": float(min_psnr) or None, "finetune": finetune}
+    _deliver(_recipe(plan, given, settings), out, dry_run, strict, overwrite, as_json, quiet)
 
-    check_method(method)
-    plan = _plan(method, target, keep, min_psnr, views, recipe, settings, seed, device)
-    to_file = out is not None and bool(out.suffix) and not out.is_dir()
-    if out is not None and to_file:
-        plan = dataclasses.replace(plan, config={**plan.config, "format": _suffix(out)})
-    if dry_run:
-        if plan.config.get("min_psnr"):
-            raise RecipeError("--dry-run: what min_psnr leaves is found by trying only")
-        found = predict(plan, strict=strict)
-        _print_values(found, as_json)
-        return
-    if out is None:
-        raise RecipeError("--out is missing: a folder for the artifact, or a model file")
-    with _progress(method, quiet) as say:
-        if to_file:
-            artifact, path = _to_file(run, plan, out, strict, overwrite, say)
-        else:
-            artifact = run(plan, out, strict=strict, overwrite=overwrite, progress=say)
-            path = model_path(artifact)
-    rows = [dataclasses.asdict(row) for row in artifact.measurements]
-    if as_json:
-        _print_values({"model": str(path), "measurements": rows}, True)
-    else:
-        _show(artifact)
-        out_console.print(f"model: {path}", **PLAIN)
+
+@app.command()
+def fit(
+    method: Annotated[str, typer.Argument(help="Method: splat.")],
+    target: Annotated[str | None, typer.Argument(help="Folder of a capture.")] = None,
+    out: Out = None,
+    keep: Annotated[str | None, typer.Option(help="Most splats or bytes: 50k, 3MB")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
+    recipe: RecipeFile = None,
+    settings: Settings = None,
+    seed: Seed = None,
+    device: Device = None,
+    dry_run: DryRun = False,
+    strict: Strict = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a model from posed photos, with the pruning inside the training. Resumes if stopped."""
+    plan = _plan("fit", method, target, recipe, {"seed": seed, "device": device})
+    _set_budget(plan, keep or plan.get("budget", "100%"))
+    _deliver(
+        _recipe(plan, {"steps": steps}, settings), out, dry_run, strict, overwrite, as_json, quiet
+    )
 
 
 @app.command("list")
@@ -248,43 +261,77 @@ def backends(as_json: Json = False) -> None:
 
 
 def _plan(
-    method: str,
-    target: str | None,
-    keep: str | None,
-    min_psnr: float,
-    views: str | None,
-    recipe: str | None,
-    settings: list[str] | None,
-    seed: int | None,
-    device: str | None,
-) -> Recipe:
-    """The recipe of the options: a recipe file first, then what the command line says."""
-    values: dict[str, Any] = {"method": method}
+    verb: str, method: str, target: str | None, recipe: str | None, more: dict[str, Any]
+) -> dict[str, Any]:
+    """Values of a recipe: those of a recipe file first, then what the command line says."""
+    from gencompress.run import check_method
+
+    check_method(method, verb)
+    values: dict[str, Any] = {"method": method, "verb": verb}
     if recipe is not None:
         base = read_recipe(shipped_recipes().get(recipe, Path(recipe)))
-        if base.method != method:
-            raise RecipeError(f"{recipe}: is for method {base.method!r}, not {method!r}")
+        if (base.method, base.verb) != (method, verb):
+            raise RecipeError(
+                f"{recipe}: is to {base.verb} {base.method!r}, not to {verb} {method!r}"
+            )
         values = to_dict(base)
-    for name, value in (("target", target), ("seed", seed), ("device", device)):
-        if value is not None:
-            values[name] = value
-    if keep is not None and min_psnr:
-        raise RecipeError("--keep and --min-psnr: give one of them")
-    if keep is not None:
+    values |= {k: v for k, v in {"target": target, **more}.items() if v is not None}
+    if "target" not in values:
+        raise RecipeError("a target is missing: a model or capture, or an embedded scene")
+    return values
+
+
+def _set_budget(values: dict[str, Any], keep: Any) -> None:
+    if isinstance(keep, str):
         try:
             parse_budget(keep)
         except ValueError as problem:
             raise RecipeError(f"--keep: {problem}") from None
+    if keep is not None:
         values["budget"] = keep
-    if views is not None:
-        values["data"] = {**values.get("data", {}), "views": views}
-    if min_psnr:
-        values["budget"] = "100%"
-        values["config"] = {**values.get("config", {}), "min_psnr": float(min_psnr)}
     values.setdefault("budget", "50%")
-    if "target" not in values:
-        raise RecipeError("a target is missing: a model file, or an embedded scene")
+
+
+def _recipe(values: dict[str, Any], given: dict[str, Any], settings: list[str] | None) -> Recipe:
+    given = {name: value for name, value in given.items() if value is not None}
+    values["config"] = {**values.get("config", {}), **given}
     return from_dict(apply_overrides(values, [_setting(s) for s in settings or []]))
+
+
+def _deliver(
+    plan: Recipe,
+    out: Path | None,
+    dry_run: bool,
+    strict: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Runs a recipe into an artifact or a file, or predicts what that would give, and prints."""
+    from gencompress.run import predict, run
+
+    to_file = out is not None and bool(out.suffix) and not out.is_dir()
+    if out is not None and to_file:
+        plan = dataclasses.replace(plan, config={**plan.config, "format": _suffix(out)})
+    if dry_run:
+        if plan.config.get("min_psnr"):
+            raise RecipeError("--dry-run: what min_psnr leaves is found by trying only")
+        _print_values(predict(plan, strict=strict), as_json)
+        return
+    if out is None:
+        raise RecipeError("--out is missing: a folder for the artifact, or a model file")
+    with _progress(plan.method, quiet) as say:
+        if to_file:
+            artifact, path = _to_file(run, plan, out, strict, overwrite, say)
+        else:
+            artifact = run(plan, out, strict=strict, overwrite=overwrite, progress=say)
+            path = model_path(artifact)
+    rows = [dataclasses.asdict(row) for row in artifact.measurements]
+    if as_json:
+        _print_values({"model": str(path), "measurements": rows}, True)
+    else:
+        _show(artifact)
+        out_console.print(f"model: {path}", **PLAIN)
 
 
 def _setting(text: str) -> str:
@@ -311,6 +358,8 @@ def _to_file(
     import shutil
     import tempfile
 
+    from gencompress.run import WORK
+
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: exists already; choose another name or --overwrite")
     if out.exists() and Path(plan.target).exists() and out.samefile(plan.target):
@@ -318,7 +367,8 @@ def _to_file(
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
     with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
-        artifact = run(plan, Path(folder) / "artifact", strict=strict, progress=say)
+        work = out.with_name(WORK.format(out.name))
+        artifact = run(plan, Path(folder) / "artifact", strict=strict, workdir=work, progress=say)
         with writing(out, overwrite=overwrite) as part:
             shutil.copyfile(model_path(artifact), part)
     return artifact, out

@@ -1,6 +1,7 @@
 """Recipes: everything needed to repeat a run, as strict TOML. Imports no torch.
 
 method = "splat"                             # which method
+verb = "compress"                            # or fit: make the model from the target, say photos
 target = "scenes/spheres"                    # the model: a file, a folder, or the name of a scene
 budget = "50% bytes"                         # the grammar of --keep; or a table, see below
 seed = 0
@@ -33,6 +34,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+VERBS = ("compress", "fit")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _NEEDED = ("method", "target", "budget")
 _LIMITS = ("scope", "floor", "cap", "round_to")  # fields of Budget beside what --keep says
@@ -55,6 +57,7 @@ class Recipe:
     seed: int = 0
     device: str = "cpu"  # cpu, cuda or cuda:N
     dtype: str = "float32"
+    verb: str = "compress"  # or fit: the target is what the model is made from
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -135,6 +138,8 @@ def from_dict(values: Mapping[str, Any]) -> Recipe:
         text = getattr(recipe, name)
         if not isinstance(text, str) or not text:
             raise RecipeError(f"{name} = {text!r}: expected a text")
+    if recipe.verb not in VERBS:
+        raise RecipeError(f"verb = {recipe.verb!r}: known are {', '.join(VERBS)}")
     if recipe.dtype not in DTYPES:
         raise RecipeError(f"dtype = {recipe.dtype!r}: known are {', '.join(DTYPES)}")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", recipe.device):

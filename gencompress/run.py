@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +28,11 @@ from gencompress.recipe import Recipe, RecipeError, config_from, from_dict
 from gencompress.scenes import resolve
 
 METHODS = {"splat": "gencompress.splat"}
+# what makes a model in the first place, offering the same names
+FITS = {"splat": "gencompress.splat.fitting"}
+WORK = ".{}.work"  # beside the output: what resuming needs while a run is not finished
+
+_NOUNS = {"compress": "compression", "fit": "fitting"}
 
 Progress = Callable[[str], None]
 
@@ -34,16 +41,22 @@ def quiet(text: str) -> None:
     """Progress nobody reads."""
 
 
-def check_method(name: str) -> None:
-    """Raises RecipeError for a name that is not in `METHODS`; imports nothing."""
-    if name not in METHODS:
-        raise RecipeError(f"method {name!r}: known are {', '.join(METHODS)}")
+def check_method(name: str, verb: str = "compress") -> None:
+    """Raises RecipeError for a method that is not known, or has no such verb; imports nothing."""
+    known = _known(verb)
+    if name not in known:
+        to = "" if verb == "compress" else f" to {verb}"
+        raise RecipeError(f"method {name!r}: known{to} are {', '.join(known)}")
 
 
-def method(name: str) -> ModuleType:
-    """The package of a method. Raises RecipeError for a name that is not in `METHODS`."""
-    check_method(name)
-    return importlib.import_module(METHODS[name])
+def method(name: str, verb: str = "compress") -> ModuleType:
+    """What runs a verb of a method. Raises RecipeError as `check_method`."""
+    check_method(name, verb)
+    return importlib.import_module(_known(verb)[name])
+
+
+def _known(verb: str) -> dict[str, str]:
+    return FITS if verb == "fit" else METHODS
 
 
 def run(
@@ -53,12 +66,14 @@ def run(
     title: str = "",
     strict: bool = False,
     overwrite: bool = False,
+    workdir: str | Path | None = None,
     progress: Progress = quiet,
 ) -> Artifact:
     """Runs a recipe and writes its artifact to the folder `out`: whole or not at all.
 
     What is measured is what was saved: the model is written, read back, and that is compared with
-    the input.
+    the input. A run that trains keeps checkpoints in `workdir` (default: a hidden folder beside
+    `out`); started again after it was stopped, it goes on from there. The folder goes at the end.
 
     Raises:
         RecipeError: a setting is wrong.
@@ -79,22 +94,20 @@ def run(
     if target.resolve().is_relative_to(out.resolve()):
         raise FileExistsError(f"{out}: holds the input {target}; choose another name")
     before, data = _load(package, recipe, config, strict)
-    with tempfile.TemporaryDirectory(prefix="gencompress-") as work:
+    with _workdir(out, workdir) as work:
         began = time.perf_counter()
-        result = package.compress(
-            before, data, recipe.budget, config, generator, Path(work), progress
-        )
+        result = package.compress(before, data, recipe.budget, config, generator, work, progress)
         seconds = time.perf_counter() - began
         result.log.extend(package.compare(before, result, data, config, generator, progress))
-        saved = Path(work) / "model"
+        saved = work / "model"
         saved.mkdir()
         package.save(result, saved, config, data)
         progress("measuring")
         after = package.restore(saved)
         rows = [
-            _file_size(target, saved),
+            _file_size(recipe, saved),
             *package.measure(before, after, data),
-            Measurement("compression time", None, seconds, "s", "lower"),
+            Measurement(f"{_NOUNS[recipe.verb]} time", None, seconds, "s", "lower"),
         ]
         progress("writing")
         return write_artifact(
@@ -115,10 +128,9 @@ def predict(recipe: Recipe, *, strict: bool = False) -> dict[str, Any]:
     """What `run` would deliver, without the work: for `--dry-run`."""
     package, config, _ = _prepare(recipe)
     before, data = _load(package, recipe, config, strict)
-    return {
-        "bytes_before": _bytes(resolve(recipe.target)),
-        **package.predict(before, data, recipe.budget, config),
-    }
+    size = _file_size(recipe, None).before
+    found = {} if size is None else {"bytes_before": int(size)}
+    return found | package.predict(before, data, recipe.budget, config)
 
 
 def measure_again(artifact: Artifact) -> list[Measurement]:
@@ -127,9 +139,9 @@ def measure_again(artifact: Artifact) -> list[Measurement]:
     Raises FileNotFoundError if the target is no longer where the recipe says.
     """
     package, before, data, after = reopen(artifact)
-    target = resolve(artifact.manifest["recipe"]["target"])
+    recipe = from_dict(artifact.manifest["recipe"])
     return [
-        _file_size(target, artifact.folder / "model"),
+        _file_size(recipe, artifact.folder / "model"),
         *package.measure(before, after, data),
     ]
 
@@ -203,7 +215,7 @@ def compress(
 def _prepare(recipe: Recipe) -> tuple[ModuleType, Any, Any]:
     import torch
 
-    package = method(recipe.method)
+    package = method(recipe.method, recipe.verb)
     config = config_from(package.Config, recipe.config)
     return package, config, torch.Generator().manual_seed(recipe.seed)
 
@@ -213,8 +225,23 @@ def _load(package: ModuleType, recipe: Recipe, config: Any, strict: bool) -> tup
     return package.load(target, recipe.data, recipe.device, recipe.dtype, config, strict)
 
 
-def _file_size(before: Path, after: Path) -> Measurement:
-    return Measurement("file size", _bytes(before), _bytes(after), "B", "lower")
+def _file_size(recipe: Recipe, after: Path | None) -> Measurement:
+    """Of the saved model, beside the input where that is a model too."""
+    before = _bytes(resolve(recipe.target)) if recipe.verb == "compress" else None
+    return Measurement("file size", before, after and _bytes(after), "B", "lower")
+
+
+@contextlib.contextmanager
+def _workdir(out: Path, chosen: str | Path | None) -> Iterator[Path]:
+    """A folder for a run: kept for the next one if this one fails with something in it."""
+    work = Path(chosen) if chosen else out.with_name(WORK.format(out.name))
+    work.mkdir(exist_ok=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work / "model", ignore_errors=True)
+        if sys.exc_info()[0] is None or not any(work.iterdir()):
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _bytes(path: Path) -> int:

@@ -217,6 +217,7 @@ def test_to_dict_writes_every_default():
         "seed": 0,
         "device": "cpu",
         "dtype": "float32",
+        "verb": "compress",
     }
 
 

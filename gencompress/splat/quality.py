@@ -9,18 +9,21 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from gencompress.measure import Measurement
 from gencompress.measure.cost import file_bytes
-from gencompress.measure.image import lpips, lpips_why_not, psnr, ssim
+from gencompress.measure.image import WINDOW, lpips, lpips_why_not, psnr, ssim
 from gencompress.measure.speed import Timing, time_call
 from gencompress.splat.cloud import SH_C0, SplatCloud, rows, with_tensors
 from gencompress.splat.formats import read_splats, write_splats
 from gencompress.splat.render import render
 from gencompress.views.camera import Camera
+from gencompress.views.photos import Photo, wanted
 
 IDENTICAL = 100.0  # dB; what identical pictures count as in a mean
 BACKGROUNDS = (0.0, 1.0)
@@ -28,7 +31,8 @@ PREVIEW_VIEWS = 4
 PREVIEW_SPLATS = 120_000  # of each cloud in the interactive view; 32 bytes a splat
 AMPLIFIED = 8  # of the difference pictures
 
-Truth = list[tuple[Camera, list[Tensor]]]
+# a camera, and what it should see over grey backgrounds of some levels
+Truth = list[tuple[Camera, list[tuple[float, Tensor]]]]
 
 
 @dataclass(frozen=True)
@@ -43,27 +47,63 @@ class Quality:
 def truth(cloud: SplatCloud, cameras: Sequence[Camera]) -> Truth:
     """Pictures of the original, to compare several results with."""
     return [
-        (camera, [picture(cloud, camera, level) for level in BACKGROUNDS]) for camera in cameras
+        (camera, [(level, picture(cloud, camera, level)) for level in BACKGROUNDS])
+        for camera in cameras
     ]
 
 
-def compare(cloud: SplatCloud, wanted: Truth) -> Quality:
+def photo_truth(photos: Sequence[Photo]) -> Truth:
+    """Photos as the truth: over both backgrounds where they have alpha, else as they are."""
+    return [
+        (
+            photo.camera,
+            [
+                (level, wanted(photo, (level,) * 3))
+                for level in (BACKGROUNDS if photo.alpha is not None else BACKGROUNDS[:1])
+            ],
+        )
+        for photo in photos
+    ]
+
+
+def compare(cloud: SplatCloud, truth: Truth) -> Quality:
     """The cloud against those pictures."""
     decibels = []
-    for camera, images in wanted:
-        own = [picture(cloud, camera, level) for level in BACKGROUNDS]
-        decibels += [min(float(psnr(a, b)), IDENTICAL) for a, b in zip(own, images, strict=True)]
+    for camera, images in truth:
+        decibels += [
+            min(float(psnr(picture(cloud, camera, level), image)), IDENTICAL)
+            for level, image in images
+        ]
     spread = statistics.stdev(decibels) if len(decibels) > 1 else None
     return Quality(statistics.fmean(decibels), spread, min(decibels))
 
 
-def similarity(cloud: SplatCloud, wanted: Truth) -> dict[str, list[float]]:
+def similarity(cloud: SplatCloud, truth: Truth) -> dict[str, list[float]]:
     """SSIM of each view over black, and LPIPS where its optional packages are installed; apart
     from `compare` because these take longer than drawing."""
     metrics = {"SSIM": ssim} if lpips_why_not() else {"SSIM": ssim, "LPIPS": lpips}
-    black = BACKGROUNDS.index(0.0)
-    pairs = [(picture(cloud, camera), images[black]) for camera, images in wanted]
+    # the first is over black
+    pairs = [(picture(cloud, camera), images[0][1]) for camera, images in truth]
     return {name: [float(fn(a, b)) for a, b in pairs] for name, fn in metrics.items()}
+
+
+def photo_rows(before: SplatCloud, after: SplatCloud, photos: Sequence[Photo]) -> list[Measurement]:
+    """How close both clouds come to held-out photos; no rows without photos."""
+    if not photos:
+        return []
+    truth = photo_truth(photos)
+    psnrs = [compare(cloud, truth) for cloud in (before, after)]
+    ssims = [similarity(cloud, truth)["SSIM"] for cloud in (before, after)]
+    return [
+        Measurement(
+            "PSNR to photos", psnrs[0].psnr, psnrs[1].psnr, "dB", "higher",
+            len(photos), psnrs[1].psnr_spread,
+        ),
+        Measurement(
+            "SSIM to photos", statistics.fmean(ssims[0]), statistics.fmean(ssims[1]), "", "higher",
+            len(photos), statistics.stdev(ssims[1]) if len(photos) > 1 else None,
+        ),
+    ]  # fmt: skip
 
 
 def picture(cloud: SplatCloud, camera: Camera, level: float = 0.0) -> Tensor:
@@ -131,31 +171,60 @@ def write_preview(
     before: SplatCloud, after: SplatCloud, cameras: Sequence[Camera], folder: Path
 ) -> None:
     """Before, after and difference for a few views, both clouds as .splat, and index.json."""
-    step = max(1, len(cameras) // PREVIEW_VIEWS)
-    chosen = list(enumerate(cameras))[step // 2 :: step][:PREVIEW_VIEWS]
     views = []
-    for number, camera in chosen:
+    for number, camera in _some(cameras):
         level = BACKGROUNDS[len(views) % 2]
         images = [picture(cloud, camera, level) for cloud in (before, after)]
-        off = (AMPLIFIED * (images[1] - images[0]).abs()).clamp(0, 1)
-        names = {k: f"view-{number:02d}-{k}.png" for k in ("before", "after", "difference")}
-        for name, image in zip(names.values(), (*images, off), strict=True):
-            _image(image).save(folder / name)
-        decibels = min(float(psnr(images[1], images[0])), IDENTICAL)
-        caption = f"PSNR {decibels:.1f} dB, SSIM {float(ssim(images[1], images[0])):.3f}"
-        views.append(
-            {
-                "name": f"view {number}",
-                **names,
-                "caption": f"{caption}; difference x{AMPLIFIED}",
-                "background": "white" if level else "black",
-            }
-        )
-    for name, cloud in (("before", before), ("after", after)):
+        views.append(_write_view(f"view {number}", number, *images, level, folder))
+    _write_index(views, cameras, {"before": before, "after": after}, folder)
+
+
+def write_photo_preview(cloud: SplatCloud, photos: Sequence[Photo], folder: Path) -> None:
+    """The same with photos as the pictures before, and one cloud."""
+    views = []
+    for number, photo in _some(photos):
+        level = BACKGROUNDS[len(views) % 2 if photo.alpha is not None else 0]
+        truth, own = wanted(photo, (level,) * 3), picture(cloud, photo.camera, level)
+        name = f"photo {photo.camera.name or number}, held out"
+        views.append(_write_view(name, number, truth, own, level, folder))
+    _write_index(views, [photo.camera for photo in photos], {"after": cloud}, folder)
+
+
+def _some(items: Sequence[Any]) -> list[tuple[int, Any]]:
+    """A few, evenly spread, with their places."""
+    step = max(1, len(items) // PREVIEW_VIEWS)
+    return list(enumerate(items))[step // 2 :: step][:PREVIEW_VIEWS]
+
+
+def _write_view(
+    name: str, number: int, before: Tensor, after: Tensor, level: float, folder: Path
+) -> dict[str, str]:
+    names = {k: f"view-{number:02d}-{k}.png" for k in ("before", "after", "difference")}
+    off = (AMPLIFIED * (after - before).abs()).clamp(0, 1)
+    for file, image in zip(names.values(), (before, after, off), strict=True):
+        _image(image).save(folder / file)
+    caption = f"PSNR {min(float(psnr(after, before)), IDENTICAL):.1f} dB"
+    if min(before.shape[:2]) >= WINDOW:
+        caption += f", SSIM {float(ssim(after, before)):.3f}"
+    return {
+        "name": name,
+        **names,
+        "caption": f"{caption}; difference x{AMPLIFIED}",
+        "background": "white" if level else "black",
+    }
+
+
+def _write_index(
+    views: list[dict[str, str]],
+    cameras: Sequence[Camera],
+    clouds: dict[str, SplatCloud],
+    folder: Path,
+) -> None:
+    for name, cloud in clouds.items():
         write_splats(folder / f"{name}.splat", _flat_colored(_largest(cloud, PREVIEW_SPLATS)))
-    first = chosen[0][1]
+    first = _some(cameras)[0][1]
     rotation = first.world_to_camera[:3, :3]
-    middle = before.means.double().mean(0)
+    middle = next(iter(clouds.values())).means.double().median(0).values
     depth = float((rotation @ (middle - first.position))[2])
     shorter = min(first.width / first.fx, first.height / first.fy)
     camera = {

@@ -165,9 +165,9 @@ def test_views_that_see_nothing(tmp_path, score):
     cloud, views, config = loaded(tmp_path, score=score)
     far = type(cloud)(**{**tensors(cloud), "means": cloud.means + torch.tensor([0.0, 1e5, 0.0])})
     with pytest.raises(ValueError, match="no splat shows"):
-        method.score(far, method.Views(away, away, ".ply"), config, torch.Generator())
+        method.score(far, method.Views(away, away, away, ".ply"), config, torch.Generator())
     blind = method.Config(score="opacity", **QUICK)  # looks through no camera
-    assert (method.score(far, method.Views([], [], ".ply"), blind, torch.Generator())[1]
+    assert (method.score(far, method.Views([], [], [], ".ply"), blind, torch.Generator())[1]
             ["splats"] > 0).all()  # fmt: skip
 
 
@@ -346,7 +346,7 @@ def test_cameras_of_a_real_capture(tmp_path, shared_data):
     folder = shared_data / "nerf" / "fox"
     cloud, views, config = loaded(tmp_path, data={"views": str(folder)}, score="opacity")
     assert len(views.score) == len(views.test) == 3
-    names = [{camera.image.name for camera in part} for part in (views.score, views.test)]
+    names = [{camera.name for camera in part} for part in (views.score, views.test)]
     assert not names[0] & names[1] and views.score[0].width > 100
     result = method.compress(cloud, views, parse_budget("50%"), config, torch.Generator(), tmp_path)
     assert len(result.model) == 300
