@@ -468,7 +468,7 @@ def test_custom_ops_pass_opcheck(backend, device):
     inputs = (*scene.values(), cam["viewmats"], cam["intrinsics"])
     black, alphas = torch.zeros(3, device=device), torch.zeros(1, 17, 20, device=device)
     for op, rest in (
-        ("rasterize_splats", (black, 20, 17, False, True, backend)),
+        ("rasterize_splats", (black, None, 20, 17, False, True, backend)),
         ("splat_removal_errors", (20, 17, False, backend)),
         ("splat_corrections", (torch.zeros(1, 17, 20, 3, device=device), alphas, False, backend)),
     ):

@@ -38,7 +38,7 @@ from gencompress_kernels.rasterize_splats.reference import (
 TILE = 16
 PIXELS = TILE * TILE
 # columns of a splat's record
-X, Y, A, B, C, OPACITY, RED, GREEN, BLUE, DEPTH, REACH_X, REACH_Y, LIMIT = range(13)
+X, Y, A, B, C, OPACITY, RED, GREEN, BLUE, DEPTH, REACH_X, REACH_Y, LIMIT, SLANT = range(14)
 RECORD = 16  # floats: a cache line
 
 f32 = np.float32
@@ -234,6 +234,7 @@ def _project(
         r[A], r[B], r[C] = syy / det, -sxy / det, sxx / det
         r[OPACITY] = opacity
         r[DEPTH] = z
+        r[SLANT] = r[B] / r[A]
         r[REACH_X], r[REACH_Y], r[LIMIT] = reach_x, reach_y, limit
         for channel in range(3):
             r[RED + channel] = max(sh_color(sh[n], channel, bands, dx, dy, dz), f32(0.0))
@@ -356,7 +357,7 @@ def _blend(records, order, offsets, pairs, width, height, planes, slots, statist
             pair = np.int32(p - start)
             total, largest, touched = f32(0.0), f32(0.0), f32(0.0)
             for row in range(_first_row(r, y0), _last_row(r, y0)):
-                if alive[row] == 0:
+                if alive[row] == 0 or not _reaches(r, x0, y0 + f32(row)):
                     continue
                 at = row * TILE
                 _row_alphas(r, x0, y0 + f32(row), alphas)
@@ -461,6 +462,19 @@ def _last_row(r, y0):
 
 
 @jit.inline
+def _reaches(r, x0, y):
+    """Whether alpha may be 1/255 or more somewhere along the row that starts at (x0, y): q at the
+    pixel nearest to where it is smallest, with room for rounding."""
+    dy = r[Y] - y
+    low = r[X] - x0 - f32(TILE - 1)
+    dx = min(max(-r[SLANT] * dy, low), low + f32(TILE - 1))
+    square = f32(0.5) * r[A] * dx * dx
+    lift = f32(0.5) * r[C] * dy * dy
+    q = square + r[B] * dx * dy + lift
+    return q <= f32(0.5) * r[LIMIT] + f32(0.01) + f32(1e-6) * (square + lift)
+
+
+@jit.inline
 def _row_change(behind, weights, gains, color, change):
     """One channel: takes a splat's share out of what lies behind, and says how much the pixel
     would change without it."""
@@ -504,7 +518,7 @@ def _pair_changes(records, order, offsets, pairs, width, height, planes, residua
             total, weight = f32(0.0), f32(0.0)
             sum_red, sum_green, sum_blue, along = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
             for row in range(_first_row(r, y0), _last_row(r, y0)):
-                if alive[row] == 0:
+                if alive[row] == 0 or not _reaches(r, x0, y0 + f32(row)):
                     continue
                 at = row * TILE
                 _row_alphas(r, x0, y0 + f32(row), alphas)

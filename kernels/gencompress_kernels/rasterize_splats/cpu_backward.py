@@ -50,6 +50,8 @@ from gencompress_kernels.rasterize_splats.reference import (
 # offsets dx, dy from pixel to centre, and the absolute gradients of the centre
 G_RED, G_GREEN, G_BLUE, G_DEPTH, M, MX, MY, MXX, MXY, MYY, ABS_X, ABS_Y = range(12)
 SUMS, SUMS_ABSOLUTE = 10, 12
+# the lanes of a row: the sums above, then what the row is computed from
+ALPHAS, WEIGHTS, SLOPES, ACROSS, LANES = (TILE * k for k in range(SUMS_ABSOLUTE, SUMS_ABSOLUTE + 5))
 BLOCK = 256  # splats a task takes in the last pass
 
 
@@ -110,18 +112,55 @@ def _tile_gradients(colors, alphas, depths, for_colors, for_alphas, for_depths, 
             )
 
 
+# The loops below run over one array at constant distances: between arrays the compiler could not
+# rule out an overlap, and where a loop is short it then gives up on vectors.
+
+
 @jit.inline
-def _row_slopes(behind, red, green, blue, depth, r, alphas, weights, slopes):
+def _row_slopes(plane, r, alphas, weights, slopes):
     """The gradient by q along a row; takes the splat's share out of what lies behind."""
     cr, cg, cb, z = r[RED], r[GREEN], r[BLUE], r[DEPTH]
     for x in range(TILE):
-        share = weights[x] * (red[x] * cr + green[x] * cg + blue[x] * cb + depth[x] * z)
-        rest = behind[x] - share
-        behind[x] = rest
+        share = weights[x] * (
+            plane[x] * cr
+            + plane[PIXELS + x] * cg
+            + plane[2 * PIXELS + x] * cb
+            + plane[3 * PIXELS + x] * z
+        )
+        rest = plane[4 * PIXELS + x] - share
+        plane[4 * PIXELS + x] = rest
         slope = alphas[x] / (f32(1.0) - alphas[x]) * rest - share
         # no gradient where nothing was blended, nor where alpha is held at its limit
         moves = (weights[x] > f32(0.0)) & (alphas[x] < f32(MAX_ALPHA))
         slopes[x] = slope if moves else f32(0.0)
+
+
+@jit.inline
+def _add_row(lanes, plane, dy):
+    """Adds a row to the ten sums of each lane."""
+    for x in range(TILE):
+        w, s, d = lanes[WEIGHTS + x], lanes[SLOPES + x], lanes[ACROSS + x]
+        sd = s * d
+        lanes[G_RED * TILE + x] += w * plane[x]
+        lanes[G_GREEN * TILE + x] += w * plane[PIXELS + x]
+        lanes[G_BLUE * TILE + x] += w * plane[2 * PIXELS + x]
+        lanes[G_DEPTH * TILE + x] += w * plane[3 * PIXELS + x]
+        lanes[M * TILE + x] += s
+        lanes[MX * TILE + x] += sd
+        lanes[MY * TILE + x] += dy * s
+        lanes[MXX * TILE + x] += d * sd
+        lanes[MXY * TILE + x] += dy * sd
+        lanes[MYY * TILE + x] += dy * dy * s
+
+
+@jit.inline
+def _add_absolute(lanes, r, dy):
+    """Adds a row to the absolute gradients by the centre."""
+    a, b, c = r[A], r[B], r[C]
+    for x in range(TILE):
+        s, d = lanes[SLOPES + x], lanes[ACROSS + x]
+        lanes[ABS_X * TILE + x] += abs(s * (a * d + b * dy))
+        lanes[ABS_Y * TILE + x] += abs(s * (b * d + c * dy))
 
 
 @jit.parallel
@@ -135,9 +174,10 @@ def _blend_backward(records, order, offsets, pairs, width, height, planes, slots
         plane = planes[tile].reshape(5 * PIXELS)
         left = np.zeros(PIXELS, f32)
         cpu._open_pixels(left, x0, y0, width, height)
-        alphas, weights = np.empty(TILE, f32), np.empty(TILE, f32)
-        slopes, offset = np.empty(TILE, f32), np.empty(TILE, f32)
-        lanes = np.empty(SUMS_ABSOLUTE * TILE, f32)
+        lanes = np.empty(LANES, f32)
+        sums = lanes[: SUMS_ABSOLUTE * TILE]
+        alphas, weights = lanes[ALPHAS : ALPHAS + TILE], lanes[WEIGHTS : WEIGHTS + TILE]
+        slopes, across = lanes[SLOPES : SLOPES + TILE], lanes[ACROSS : ACROSS + TILE]
         alive = np.ones(TILE, np.uint8)
         num_alive = TILE
         start, end = offsets[tile], offsets[tile + 1]
@@ -146,58 +186,27 @@ def _blend_backward(records, order, offsets, pairs, width, height, planes, slots
                 end = p
                 break
             r = records[pairs[p]]
-            lanes[:] = f32(0.0)
+            sums[:] = f32(0.0)
             for x in range(TILE):
-                offset[x] = r[X] - (x0 + f32(x))
+                across[x] = r[X] - (x0 + f32(x))
             for row in range(cpu._first_row(r, y0), cpu._last_row(r, y0)):
-                if alive[row] == 0:
+                y = y0 + f32(row)
+                if alive[row] == 0 or not cpu._reaches(r, x0, y):
                     continue
                 at = row * TILE
-                y = y0 + f32(row)
                 cpu._row_alphas(r, x0, y, alphas)
-                most = f32(0.0)
-                for x in range(TILE):
-                    most = max(most, alphas[x])
-                if most == f32(0.0):
-                    continue
                 if cpu._row_weights(left[at : at + TILE], alphas, weights, slopes) <= f32(0.0):
                     alive[row] = 0
                     num_alive -= 1
-                red, green = plane[at : at + TILE], plane[at + PIXELS : at + PIXELS + TILE]
-                blue = plane[at + 2 * PIXELS : at + 2 * PIXELS + TILE]
-                depth = plane[at + 3 * PIXELS : at + 3 * PIXELS + TILE]
-                behind = plane[at + 4 * PIXELS : at + 4 * PIXELS + TILE]
-                _row_slopes(behind, red, green, blue, depth, r, alphas, weights, slopes)
-                _add_product(lanes[G_RED * TILE : (G_RED + 1) * TILE], weights, red)
-                _add_product(lanes[G_GREEN * TILE : (G_GREEN + 1) * TILE], weights, green)
-                _add_product(lanes[G_BLUE * TILE : (G_BLUE + 1) * TILE], weights, blue)
-                _add_product(lanes[G_DEPTH * TILE : (G_DEPTH + 1) * TILE], weights, depth)
+                _row_slopes(plane[at:], r, alphas, weights, slopes)
                 dy = r[cpu.Y] - y
                 if absolute:
-                    gx = lanes[ABS_X * TILE : (ABS_X + 1) * TILE]
-                    gy = lanes[ABS_Y * TILE : (ABS_Y + 1) * TILE]
-                    for x in range(TILE):
-                        gx[x] += abs(slopes[x] * (r[A] * offset[x] + r[B] * dy))
-                        gy[x] += abs(slopes[x] * (r[B] * offset[x] + r[C] * dy))
-                m, my = lanes[M * TILE : (M + 1) * TILE], lanes[MY * TILE : (MY + 1) * TILE]
-                myy = lanes[MYY * TILE : (MYY + 1) * TILE]
-                for x in range(TILE):
-                    m[x] += slopes[x]
-                    my[x] += dy * slopes[x]
-                    myy[x] += dy * dy * slopes[x]
-                for x in range(TILE):
-                    slopes[x] *= offset[x]
-                mx, mxy = lanes[MX * TILE : (MX + 1) * TILE], lanes[MXY * TILE : (MXY + 1) * TILE]
-                mxx = lanes[MXX * TILE : (MXX + 1) * TILE]
-                for x in range(TILE):
-                    mx[x] += slopes[x]
-                    mxy[x] += dy * slopes[x]
-                    mxx[x] += offset[x] * slopes[x]
+                    _add_absolute(lanes, r, dy)
+                _add_row(lanes, plane[at:], dy)
             for k in range(slots.shape[1]):
-                lane = lanes[k * TILE : (k + 1) * TILE]
                 total = f32(0.0)
                 for x in range(TILE):
-                    total += lane[x]
+                    total += lanes[k * TILE + x]
                 slots[p, k] = total
         slots[end : offsets[tile + 1]] = f32(0.0)
 
