@@ -179,6 +179,81 @@ def bench_rasterize() -> Iterator[Row]:
     yield row("corrections", fix, forward, "against forward")
 
 
+def torch_gradients(
+    scene: tuple[Tensor, ...], lens: tuple, lists: tuple[Tensor, Tensor], factor: Tensor, chunk: int
+) -> list[Tensor]:
+    """Gradients of sum(colours * factor) by autograd through the reference's projection and the
+    padded blending of `torch_blend`, a batch of tiles at a time so that it fits in memory."""
+    leaves = [tensor.clone().requires_grad_() for tensor in scene]
+    viewmat, intrinsics, pixels = lens
+    flat = reference.project(reference.Shot(*leaves, viewmat, intrinsics, pixels, pixels, False))
+    packed = torch.cat(
+        [flat["centers"], flat["conics"], flat["opacities"][:, None], flat["colors"]], 1
+    )
+    held = torch.cat([packed.detach(), packed.new_zeros(1, 9)]).requires_grad_()
+    offsets, pairs = lists
+    lengths, tiles_x = offsets[1:] - offsets[:-1], pixels // TILE
+    inside = torch.arange(TILE, dtype=torch.float32) + 0.5
+    total = torch.zeros_like(held)
+    for tiles in torch.argsort(lengths).split(chunk):
+        longest = max(int(lengths[tiles].max()), 1)
+        step = torch.arange(longest)
+        at = (offsets[:-1][tiles, None] + step).clamp_max(max(len(pairs) - 1, 0))
+        ids = torch.where(step < lengths[tiles, None], pairs[at], len(held) - 1)
+        x, y, a, b, c, opacity, *color = held[ids].unbind(-1)
+        dx = (x - (tiles % tiles_x * TILE)[:, None])[:, None] - inside[:, None]
+        dy = (y - (tiles // tiles_x * TILE)[:, None])[:, None] - inside[:, None]
+        across, down = 0.5 * a[:, None] * dx * dx, 0.5 * c[:, None] * dy * dy
+        q = (b[:, None] * dy)[:, :, None] * dx[:, None] + across[:, None] + down[:, :, None]
+        alpha = (torch.exp(-q) * opacity[:, None, None]).clamp_max(reference.MAX_ALPHA)
+        alpha = alpha * (alpha >= reference.MIN_ALPHA)
+        after = torch.cumprod(1 - alpha, -1)
+        before = torch.cat([torch.ones_like(after[..., :1]), after[..., :-1]], -1)
+        weight = (alpha * before * (after > reference.MIN_TRANSMITTANCE)).flatten(1, 2)
+        colors = torch.bmm(weight, torch.stack(color, -1))
+        total += torch.autograd.grad((colors * factor[tiles]).sum(), held)[0]
+    return list(torch.autograd.grad(packed, leaves, total[:-1]))
+
+
+def bench_gradients() -> Iterator[Row]:
+    """Forward and backward of 50k splats at 512x512, to all five inputs."""
+    from gencompress_kernels.rasterize_splats import cpu
+
+    scene, (viewmat, lens, size, _) = splats(50_000, -3.73), view()
+    shot = reference.Shot(*scene, viewmat[0], lens[0], size, size, False)
+    _, offsets, pairs = cpu.tile_lists(cpu.project(shot), size, size)
+    flat = reference.project(shot)
+    place = torch.empty(len(scene[0]), dtype=torch.int64)
+    place[flat["index"]] = torch.arange(len(flat["index"]))
+    lists = torch.from_numpy(offsets), place[torch.from_numpy(pairs).long()]
+    factor = torch.randn(1, size, size, 3, generator=torch.Generator().manual_seed(1))
+    across = size // TILE
+    tiled = factor.reshape(across, TILE, across, TILE, 3).transpose(1, 2).reshape(-1, TILE**2, 3)
+
+    def ours() -> list[Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in scene]
+        colors = rasterize_splats(*leaves, viewmat, lens, size, size).colors
+        return list(torch.autograd.grad(colors, leaves, factor))
+
+    def plain(chunk: int) -> list[Tensor]:
+        return torch_gradients(scene, (viewmat[0], lens[0], size), lists, tiled, chunk)
+
+    forward, both = in_turns(
+        lambda: rasterize_splats(*scene, viewmat, lens, size, size), ours, repeats=9
+    )
+    slow = min((timed(lambda c=c: plain(c), 2, 1.0) for c in (8, 32)), key=statistics.median)
+    names = ("means", "quats", "scales", "opacities", "sh")
+    for name, a, b in zip(names, ours(), plain(8), strict=True):
+        error = float((a - b).norm() / b.norm())
+        if error > 1e-3:
+            raise RuntimeError(f"the gradients by {name} differ: {error:.1e}")
+    yield row("torch forward + backward", slow, None, "autograd, best of 8 and 32 tiles a batch")
+    # work: 60 operations a pixel of a pair; traffic: records and slots, 104 bytes a pair
+    speed = f"{len(scene[0]) / statistics.median(both) / 1000:.2f} M splats/s"
+    yield row("forward + backward", both, slow, speed)
+    yield row("forward alone", forward, both, "ratio: what forward + backward takes of it")
+
+
 def bench_merge() -> Iterator[Row]:
     """600,000 pairs of degree 2."""
     g = torch.Generator().manual_seed(0)
@@ -352,6 +427,7 @@ def _peak() -> float:
 
 BENCHES = {
     "rasterize": bench_rasterize,
+    "gradients": bench_gradients,
     "merge": bench_merge,
     "select": bench_select,
     "compact": bench_compact,

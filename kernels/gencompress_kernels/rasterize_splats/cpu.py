@@ -113,7 +113,7 @@ def project(shot: Shot) -> np.ndarray:
     """One record a splat, float32 [N, 16]; opacity 0 where it is culled."""
     if shot.means.dtype != torch.float32:
         raise ValueError(f"the cpu backend takes float32, got {shot.means.dtype}")
-    records = np.empty((shot.means.shape[0], RECORD), f32)
+    records = np.zeros((shot.means.shape[0], RECORD), f32)
     rotation, translation = shot.viewmat[:3, :3].double(), shot.viewmat[:3, 3].double()
     position = (-rotation.T @ translation).float().numpy()
     splats = (tensor.numpy() for tensor in shot[:7])
