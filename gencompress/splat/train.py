@@ -185,6 +185,10 @@ def take_step(
         for name, value in terms.items():
             total[name] = total.get(name, 0.0) + float(value.detach()) / len(targets)
     state.step += 1
+    # a finite loss can come with a gradient that is not, and Adam would keep it for ever
+    slope = sum(float(gradient.sum()) for gradient in gradients.values())
+    if not math.isfinite(slope):
+        return total | {"gradient": slope}
     if math.isfinite(total["loss"]):
         _update(state, gradients, training, len(targets))
     return total

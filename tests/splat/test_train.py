@@ -298,6 +298,22 @@ def test_a_loss_that_is_not_finite_keeps_the_state(tmp_path):
     assert path.is_file()
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
+    cloud, targets = scene()
+    state = start(cloud, 1.0)
+    original = torch.autograd.grad
+
+    def poisoned(loss, wanted, *rest, **options):
+        found = list(original(loss, wanted, *rest, **options))
+        found[0] = found[0] * math.nan
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", poisoned)
+    with pytest.raises(RuntimeError, match="step 1: gradient is nan"):
+        train(state, targets, Training(steps=3), None, generator())
+    assert torch.equal(state.parameters["means"], cloud.means)
+
+
 def test_what_cannot_be_trained():
     cloud, targets = scene()
     state = start(cloud, 1.0)
