@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 out_console = Console()
 err_console = Console(stderr=True)
+LINE_SECONDS = 20.0  # between lines about the same stage, where there is no terminal
 # a path is no markup, and stays in one line
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
@@ -376,7 +377,7 @@ def _to_file(
 
 @contextlib.contextmanager
 def _progress(name: str, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """One changing line on a terminal; else a line for each new stage."""
+    """One changing line on a terminal; else a line for each new stage, and now and then."""
     began = time.monotonic()
     if quiet:
         yield lambda text: None
@@ -384,14 +385,14 @@ def _progress(name: str, quiet: bool) -> Iterator[Callable[[str], None]]:
         with err_console.status(name) as status:
             yield lambda text: status.update(f"{name} {time.monotonic() - began:4.0f} s  {text}")
     else:
-        last = ""
+        last, shown = "", began
 
         def say(text: str) -> None:
-            nonlocal last
-            stage = text.partition(":")[0]
-            if stage != last:
-                last = stage
-                print(f"{name} {time.monotonic() - began:4.0f} s  {text}", file=sys.stderr)
+            nonlocal last, shown
+            stage, now = text.partition(":")[0], time.monotonic()
+            if stage != last or now - shown > LINE_SECONDS:
+                last, shown = stage, now
+                print(f"{name} {now - began:4.0f} s  {text}", file=sys.stderr, flush=True)
 
         yield say
 
