@@ -12,7 +12,7 @@ from gencompress_kernels.rasterize_surfels import rasterize_surfels
 from numerics import THRESHOLD_MARGIN, assert_as_accurate, excluded, harmonics
 
 PICTURES = ("colors", "alphas", "depths", "medians", "normals", "distortions")
-# the exponential of the kernel is good to 2e-6; depths reach 5, and a grazing hit magnifies rounding
+# the exponential of the kernel is good to 2e-6; depths reach 5, a grazing hit magnifies rounding
 FLOORS = dict(zip(PICTURES, (3e-6, 3e-6, 2e-5, 2e-5, 4e-6, 2e-5), strict=True))
 
 
@@ -46,8 +46,8 @@ def camera(width, height, focal=70.0, tilt=0.1):
         view[:3, :3] = rotation_matrices(turn)
         view[:3, 3] = torch.tensor([0.1, -0.05, 0.2])
     lens = [[focal, 0, width / 2 - 0.7], [0, focal * 1.1, height / 2 + 0.4], [0, 0, 1]]
-    both = {"viewmats": view[None], "intrinsics": torch.tensor([lens])}
-    return both | {"width": width, "height": height}
+    lens = torch.tensor([lens])
+    return {"viewmats": view[None], "intrinsics": lens, "width": width, "height": height}
 
 
 def footprints(scene, cam, shift=None):
@@ -130,11 +130,15 @@ def expected_pictures(name):
 
 
 def close_scene():
-    """Surfels so near and wide that many cross the plane of the camera; some held at 0.99."""
-    scene = make_scene(25, 0, seed=3, spread=0.9, size=-0.7, opacity=0.0)
+    """Surfels so near and wide that many cross the plane of the camera; some held at 0.99. One is
+    met 0.005 in front of it, one has the middle of its one-sigma conic beyond its own horizon."""
+    scene = make_scene(25, 0, seed=15, spread=0.9, size=-0.7, opacity=0.0)
     scene["means"][:, 2] -= 2.2
     scene["opacities"][:8] = 1.0
-    return scene, camera(43, 37, focal=40.0)
+    scene["means"][:2] = torch.tensor([[0.0, 1.0, 1.005], [0.0, 0.0, 1.0]])
+    scene["quats"][:2] = torch.tensor([math.cos(math.pi / 8), math.sin(math.pi / 8), 0.0, 0.0])
+    scene["scales"][:2] = torch.tensor([[1.0, 1.0], [0.1, 3.0]])
+    return scene, camera(43, 37, focal=12.0, tilt=0.0)
 
 
 def small_scene():
