@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from gencompress.run import METHODS
+from gencompress.run import FITS, METHODS
 
 FIRST = {
     "load": ["target", "data", "device", "dtype", "config"],
@@ -21,12 +21,25 @@ FIRST = {
 OWN_NAME = {"splat": "cloud"}  # what a method calls its model
 
 
+# what makes a model instead of making one smaller has nothing to score or cut
+FIT = ("load", "compress", "measure", "save", "restore")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_names_and_signatures(name):
-    package = importlib.import_module(METHODS[name])
+    check(METHODS[name], name, FIRST)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_names_and_signatures_of_fits(name):
+    check(FITS[name], name, {function: FIRST[function] for function in FIT})
+
+
+def check(module, name, functions):
+    package = importlib.import_module(module)
     assert dataclasses.is_dataclass(package.Config)
     assert package.Config.__dataclass_params__.frozen
-    for function, wanted in FIRST.items():
+    for function, wanted in functions.items():
         found = list(inspect.signature(getattr(package, function)).parameters)
         wanted = [OWN_NAME[name] if w == "model" else w for w in wanted]
         assert found[: len(wanted)] == wanted, function

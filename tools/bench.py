@@ -386,15 +386,49 @@ def bench_ply() -> Iterator[Row]:
         yield row("gsply", timed(lambda: gsply.plyread(str(path)), 5), raw, "against the bytes")
 
 
-def bench_scoring() -> Iterator[Row]:
-    """100k splats scored over 24 views of 512x512, in a process of its own for its peak memory."""
-    code = "import bench, json; print(json.dumps(bench.score_once()))"
+def apart(function: str) -> dict[str, float]:
+    """What a function of this file returns in a process of its own, for its peak memory."""
+    code = f"import bench, json; print(json.dumps(bench.{function}()))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def bench_training() -> Iterator[Row]:
+    """A step of training at a million splats of degree 3, one view of 512x512."""
+    found = apart("train_once")
+    note = f"peak memory {found['peak']:.0f} MB, of which {found['before']:.0f} MB before the step"
+    yield row("step, 1M splats", [found["step"]], None, note)
+
+
+def train_once() -> dict[str, float]:
+    from gencompress.splat.cloud import SplatCloud
+    from gencompress.splat.state import start
+    from gencompress.splat.train import Target, Training, take_step
+    from gencompress.views.camera import Camera
+
+    means, quats, scales, opacities, dc = splats(1_000_000, -5.2)
+    sh = torch.cat([dc, torch.zeros(len(dc), 15, 3)], 1)
+    cloud = SplatCloud(means, quats, scales.log(), opacities.logit(), sh)
+    state = start(cloud, 4.0)
+    del cloud, sh, dc, means, quats, scales, opacities
+    camera = Camera(torch.eye(4, dtype=torch.float64), 500.0, 500.0, 256.0, 256.0, 512, 512)
+    target, training = Target(camera, torch.rand(512, 512, 3)), Training(steps=10, ramp=False)
+    before = _peak()
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        take_step(state, [target], training, None, torch.Generator())
+        times.append(1000 * (time.perf_counter() - began))
+    return {"before": before, "step": min(times), "peak": _peak()}
+
+
+def bench_scoring() -> Iterator[Row]:
+    """100k splats scored over 24 views of 512x512."""
+    found = apart("score_once")
     note = f"peak memory {found['peak']:.0f} MB, of which {found['before']:.0f} MB before the views"
     yield row("statistics, 24 views", [found["statistics"]], None, note)
     yield row("removal errors, 24 views", [found["removal"]], None, note)
@@ -435,6 +469,7 @@ BENCHES = {
     "adam": bench_adam,
     "ply": bench_ply,
     "scoring": bench_scoring,
+    "training": bench_training,
 }
 
 
