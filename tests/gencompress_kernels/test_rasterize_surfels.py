@@ -185,8 +185,7 @@ def test_equals_explicit_loops(backend, device, name):
         assert_as_accurate(got, base, truth[keep], floor=FLOORS[picture], name=picture)
     assert (exact.medians > 0).any() and exact.distortions.abs().max() > 1e-4
     truth = torch.from_numpy(expected["statistics"])
-    if bool(keep.all()):
-        assert_as_accurate(ours.statistics[0], plain.statistics[0], truth, floor=5e-5)
+    assert_as_accurate(ours.statistics[0], plain.statistics[0], truth, floor=5e-5)
     assert truth[:, 3].sum() == (expected["alphas"] > 0).sum()
 
 
@@ -305,8 +304,7 @@ def test_facing_disc_equals_a_splat_without_thickness(backend, device):
     scene["means"][0, 0], scene["scales"][0, 1] = 0.6, 1.1
     flat = scene | {"scales": torch.tensor([[0.8, 1.1, 1e-6]])}
     cam = camera(90, 70, focal=100.0, tilt=0.0)
-    disc = render(scene, cam, device, backend)
-    splat = rasterize_splats(**to(flat, device), **to(cam, device))
+    disc, splat = render(scene, cam, device, backend), rasterize_splats(**to(flat | cam, device))
     # 40 px wide: the splat's 0.3 px^2 blur changes alpha by at most alpha q 0.3 / 40^2
     assert (disc.alphas - splat.alphas).abs().max() < 2e-4
     assert (disc.colors - splat.colors).abs().max() < 2e-4
@@ -320,8 +318,7 @@ def test_grazing_disc_does_not_vanish(backend, device, angle):
     cam["intrinsics"][0, :2, 2] = 15.5
     half = math.pi / 4 + angle / 2
     scene["quats"] = torch.tensor([[math.cos(half), math.sin(half), 0.0, 0.0]])
-    out = render(scene, cam, device, backend)
-    alphas = out.alphas[0].cpu()
+    alphas = render(scene, cam, device, backend).alphas[0].cpu()
     # one pixel away the low-pass has fallen to exp(-1), along the disc it has not
     assert abs(alphas[15, 15] - 0.8) < 1e-5
     assert abs(alphas[16, 15] - 0.8 * math.exp(-1)) < 1e-3
@@ -362,7 +359,7 @@ def test_distortion_is_the_double_sum_and_median_the_crossing(backend, device):
     assert np.allclose(out.distortions.cpu(), truth, atol=1e-5)
     # 0.7, 0.56, 0.42: the third crosses
     assert torch.allclose(out.medians.cpu(), torch.tensor(3.0))
-    first = render(discs(depths[:2], alphas[:2]), camera(20, 18, tilt=0.0), device, backend)
+    first = render(discs(depths[:2], alphas[:2]), camera(20, 18), device, backend)
     assert (first.medians == 0).all() and (first.alphas > 0.4).all()
 
 
@@ -403,8 +400,7 @@ def test_nothing_one_off_screen_and_behind(backend, device):
         assert torch.allclose(found.pop("background"), total, atol=1e-4)
         assert all((value == 0).all() for value in found.values())
     one = render(discs([2.0], [0.8], scale=0.1), cam, device, backend)
-    assert 0 < (one.alphas > 0).sum() < 20 * 17 and abs(one.alphas.max() - 0.8) < 0.1
-    assert one.statistics.shape == (1, 0, 4)
+    assert 0 < (one.alphas > 0).sum() < 20 * 17 and one.statistics.shape == (1, 0, 4)
 
 
 def test_same_bits_with_one_thread_and_two():
