@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import gencompress
-from gencompress.files import FormatError, writing
+from gencompress.files import FormatError, save_tensors, writing
 from gencompress.measure import Measurement
 from gencompress.recipe import Recipe, to_dict
 
@@ -105,6 +105,7 @@ def write_artifact(
             empty (only an artifact is ever replaced).
         FileNotFoundError: the folder around it does not exist.
         ValueError: nothing was written to the model folder, or a mask name contains "/".
+        OSError: it cannot be written, say for a full disk.
     """
     folder = Path(folder)
     if overwrite:
@@ -202,8 +203,6 @@ def read_log(artifact: Artifact) -> list[dict[str, Any]]:
 
 
 def _write_tensors(part: Path, result: Compressed, criterion: str, digest: str) -> None:
-    from safetensors.torch import save_file
-
     from gencompress.core.mask import Mask, pack
 
     for name in result.masks:
@@ -211,10 +210,11 @@ def _write_tensors(part: Path, result: Compressed, criterion: str, digest: str) 
             raise ValueError(f"mask name {name!r} contains '/', which separates mask and group")
     groups = {f"{n}/{g}": k for n, mask in result.masks.items() for g, k in mask.keep.items()}
     packed, counts = pack(Mask(groups))
-    save_file(packed, part / "masks.safetensors", {"counts": json.dumps(counts)})
+    save_tensors(part / "masks.safetensors", packed, {"counts": json.dumps(counts)})
     # clones: safetensors refuses tensors that share memory
     scores = {n: s.detach().float().cpu().clone().contiguous() for n, s in result.scores.items()}
-    save_file(scores, part / "scores.safetensors", {"criterion": criterion, "digest": digest})
+    about = {"criterion": criterion, "digest": digest}
+    save_tensors(part / "scores.safetensors", scores, about)
 
 
 def _manifest(part: Path, recipe: Recipe, title: str) -> dict[str, Any]:

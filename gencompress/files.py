@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class FormatError(ValueError):
@@ -28,6 +34,7 @@ def writing(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists and `overwrite` is False (checked before the block runs).
         FileNotFoundError: the folder that should hold `path` does not exist.
+        OSError: the block ran into one; where that named no file (a full disk), it names `path`.
     """
     path = Path(path)
     if path.exists() and not overwrite:
@@ -48,5 +55,45 @@ def writing(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
                 raise
         else:
             os.replace(part, path)
+    except OSError as problem:
+        raise _named(problem, path, holder) from problem
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a .safetensors file that behaves as others do: with the permissions of a new file,
+    and an OSError where it cannot be written. `writing` around it makes it whole or absent.
+
+    Args:
+        path: to write; there is no such file yet.
+        tensors: by name; contiguous, and no two share memory.
+
+    Raises:
+        OSError: the file cannot be written, say for a full disk; it names `path`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as problem:
+        found = re.search(r"os error (\d+)", str(problem))
+        number = int(found[1]) if found else errno.EIO
+        reason = os.strerror(number) if found else str(problem)
+        raise OSError(number, reason, str(path)) from problem
+    path.chmod(mode)  # safetensors keeps it from everybody else
+
+
+def _named(problem: OSError, path: Path, holder: Path) -> OSError:
+    """The error with `path` in place of no name, one within `holder`, or the list of shutil."""
+    if isinstance(problem, shutil.Error) and isinstance(problem.args[0], list):
+        reason = problem.args[0][0][-1].partition(": ")[0]  # its first error, without the paths
+        return OSError(f"{path}: cannot be written ({reason})")
+    names = [name for name in (problem.filename, problem.filename2) if name is not None]
+    inside = not names or any(Path(str(name)).is_relative_to(holder) for name in names)
+    if problem.errno is None or not inside:
+        return problem
+    return OSError(problem.errno, problem.strerror, str(path))

@@ -155,7 +155,7 @@ def reopen(artifact: Artifact) -> tuple[ModuleType, Any, Any, Any]:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What a splat file, an artifact or an embedded scene holds, without running anything."""
+    """What a splat file, a capture, an artifact or an embedded scene holds; runs nothing."""
     path = resolve(path)
     if (path / "manifest.json").is_file():
         artifact = read_artifact(path)
@@ -168,8 +168,27 @@ def inspect(path: str | Path) -> dict[str, Any]:
         }
         return about | {row.name: row.after for row in artifact.measurements}
     from gencompress.splat.formats import describe
+    from gencompress.views.loaders import colmap
 
+    if path.is_dir() and (any(path.glob("transforms*.json")) or colmap.find_model(path)):
+        return {"capture": str(path), **_inspect_capture(path)}
     return {"file": str(path), **describe(path)}
+
+
+def _inspect_capture(folder: Path) -> dict[str, Any]:
+    """Photos, those of them that measure a fit, their sizes and bytes, and the points."""
+    from gencompress.views.loaders import load_points, load_split
+
+    training, held_out = load_split(folder)
+    views = [*training, *held_out]
+    points = load_points(folder)
+    return {
+        "photos": len(views),
+        "held_out": len(held_out),
+        "sizes": sorted({f"{view.width} x {view.height}" for view in views}),
+        "bytes": sum(view.image.stat().st_size for view in views),
+        "points": 0 if points is None else len(points[0]),
+    }
 
 
 def convert(source: str | Path, out: str | Path, *, strict: bool, overwrite: bool) -> int:

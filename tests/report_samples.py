@@ -27,6 +27,43 @@ LOG = [
     {"kind": "note", "text": "24 views"},
 ]
 
+COUNT = {"kind": "curve", "x_name": "step", "x_unit": "", "y_name": "splats", "y_unit": ""}
+FIT_ROWS = [
+    dict(zip(FIELDS, row, strict=True))
+    for row in (
+        ("file size", None, 634302, "B", "lower", 1, None),
+        ("splats", None, 6093, "splats", "lower", 1, None),
+        ("PSNR, worst view", None, 15.36, "dB", "higher", 13, None),
+        ("PSNR", None, 17.37, "dB", "higher", 13, 1.28),
+        ("render time", None, 0.0038, "s", "lower", 13, 0.0001),
+        ("fitting time", None, 8.37, "s", "lower", 1, None),
+    )
+]
+
+
+def fit_log(policy):
+    """Density control that grows from 5,000 splats to 6,093 and falls to 5,900."""
+    events = [("split", 50, 430, 5430), ("clone", 100, 3, 5433), ("split", 100, 660, 6093)]
+    events.append(("prune", 150, 193, 5900))
+    names = ("event", "step", "count", "splats")
+    rows = [{"kind": "density", **dict(zip(names, e, strict=True))} for e in events]
+    rows += [{"kind": "step", "step": i, "loss": 1 / i} for i in (100, 200)]
+    counts = [(0, 5000), *((step, splats) for _, step, _, splats in events), (200, 5900)]
+    return rows + [{**COUNT, "series": policy, "x": x, "y": y} for x, y in counts]
+
+
+def make_fit(folder, policy="default", *, log=None, **more):
+    """An artifact of `fit`: photos before, and one cloud."""
+    recipe = {"method": "splat", "verb": "fit", "target": "lego", "seed": 0}
+    recipe |= {"budget": {"keep": "100%"}, "config": {"policy": policy}}
+    scene = {"after": [splat((0, 0, 0), (1, 1, 1), (255, 0, 0, 255))]}
+    given = {"measurements": FIT_ROWS, "views": 2, "scene": scene, "recipe": recipe} | more
+    make_artifact(folder, log=fit_log(policy) if log is None else log, title="lego", **given)
+    path = folder / "preview" / "index.json"
+    labels = {"before": "photo", "after": "fitted"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": labels}))
+    return folder
+
 
 def splat(xyz, scale, rgba, rot=(255, 128, 128, 128)):
     return struct.pack("<6f8B", *xyz, *scale, *rgba, *rot)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import no_file_over
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -178,6 +179,21 @@ def test_nothing_half_written(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
         write(tmp_path / "run", **changes)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_full_disk_leaves_what_was_there(artifact, tmp_path, overwrite):
+    folder = artifact.folder if overwrite else tmp_path / "new"
+    large = Compressed(None, {}, {"splats": torch.rand(5000)})
+    with pytest.raises(OSError, match=rf"File too large: '{folder}'"), no_file_over(3000):
+        write(folder, result=large, overwrite=overwrite)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert verify(read_artifact(artifact.folder)) == []
+
+
+def test_tensors_are_for_everybody_that_may_read_the_rest(artifact):
+    modes = {p.name: p.stat().st_mode for p in artifact.folder.glob("*.*")}
+    assert modes["masks.safetensors"] == modes["scores.safetensors"] == modes["manifest.json"]
 
 
 def test_overwriting(artifact, tmp_path):

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from full_disk import no_file_over
 from splat.scene_samples import ball
 
 from gencompress import cli, recipe
+from gencompress import run as runs
 from gencompress.artifact import read_artifact, verify
 from gencompress.measure.cost import file_bytes
 from gencompress.splat.formats import read_splats, write_splats
@@ -27,9 +29,10 @@ def call(monkeypatch, capsys):
     """Runs the command line in this process; returns (exit code, stdout, stderr)."""
 
     def run(*arguments):
-        # the consoles are made at import; let them write where capsys looks
-        monkeypatch.setattr(cli.out_console, "file", None)
-        monkeypatch.setattr(cli.err_console, "file", None)
+        # the consoles are made at import; let them write where capsys looks (`file` reads as what
+        # capsys has put there, so restoring that would leave them with a closed file)
+        monkeypatch.setattr(cli.out_console, "_file", None)
+        monkeypatch.setattr(cli.err_console, "_file", None)
         monkeypatch.setattr(sys, "argv", ["gencompress", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             cli.main()
@@ -65,6 +68,27 @@ def test_compress_to_a_file(call, scene, tmp_path, suffix):
     assert call("compress", "splat", scene, "--keep", "40", "--out", out, *QUICK)[0] == 0
     assert len(read_splats(out)) == 40
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ply", out.name]
+
+
+@pytest.mark.parametrize("stage", ["model", "artifact"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(call, scene, tmp_path, monkeypatch, stage):
+    """Where the model is written, and where it is copied into the artifact."""
+    place, name = {
+        "model": (runs.method("splat"), "save"),
+        "artifact": (runs, "write_artifact"),
+    }[stage]
+    real = getattr(place, name)
+
+    def full(*args, **more):
+        with no_file_over(2000):
+            return real(*args, **more)
+
+    monkeypatch.setattr(place, name, full)
+    code, out, err = call("compress", "splat", scene, "--out", tmp_path / "r", *QUICK)
+    assert code == 1 and out == ""
+    assert err.startswith("error: ") and "File too large" in err and len(err.splitlines()) == 1
+    assert str(tmp_path / ("r" if stage == "artifact" else ".r.work")) in err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ply"]
 
 
 def test_json_is_all_that_stdout_holds(call, scene, tmp_path):

@@ -7,7 +7,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from report_samples import FIELDS, LOG, ROWS, make_artifact, splat
+from report_samples import COUNT, FIELDS, LOG, ROWS, fit_log, make_artifact, make_fit, splat
 
 from gencompress.files import FormatError
 from gencompress.report import text, write_report
@@ -86,6 +86,7 @@ def test_page_and_markdown_show_values_changes_and_what_is_missing(tmp_path):
 def test_all_text_is_escaped(tmp_path):
     evil_rows = [dict(ROWS[0], name=EVIL, unit=EVIL)]
     log = [{**LOG[0], "series": EVIL, "x_name": EVIL, "y_name": EVIL}, {"kind": EVIL, "text": EVIL}]
+    log.append({"kind": "density", "event": EVIL, "step": 1, "count": 2, "splats": 3})
     recipe = {
         "method": EVIL,
         "target": EVIL,
@@ -111,6 +112,7 @@ def test_all_text_is_escaped(tmp_path):
     )
     index = json.loads((folder / "preview" / "index.json").read_text())
     index["views"][0] |= {"name": EVIL, "caption": EVIL, "background": EVIL}
+    index["labels"] = {"before": EVIL, "after": EVIL}
     (folder / "preview" / "index.json").write_text(json.dumps(index))
     other = make_artifact(tmp_path / "b")
     for folders, name in (([folder], "one"), ([folder, other], "two")):
@@ -183,6 +185,9 @@ def test_an_artifact_with_nothing_in_it_still_has_a_page(tmp_path):
         ("preview/index.json", '{"views": [{"before": "../manifest.json"}]}', "outside"),
         ("preview/index.json", '{"views": [{"before": "index.json"}]}', "not a PNG"),
         ("preview/index.json", '{"views": [{"before": "a\\u0000b"}]}', "does not exist"),
+        ("preview/index.json", '{"labels": ["photo"]}', "labels need texts"),
+        ("preview/index.json", '{"labels": {"before": 3}}', "labels need texts"),
+        ("preview/index.json", '{"labels": {"after": ""}}', "labels need texts"),
         ("preview/after.splat", "x" * 33, "whole records of 32"),
     ],
 )
@@ -228,6 +233,142 @@ def test_it_imports_neither_torch_nor_numpy(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_fit_has_nothing_before(tmp_path):
+    page, words, report = written([make_fit(tmp_path / "a")], tmp_path / "report")
+    shown = page[: page.index("<script>")]
+    assert "lego, fitted by the method splat" in page and "lego, fitted by the method" in words
+    assert not re.search(r"compress(ed|ion)", shown + words.split("```")[0])
+    assert '<span class="tag start" aria-hidden="true">photo</span>' in page
+    assert '<span class="tag end" aria-hidden="true">fitted</span>' in page
+    assert 'alt="view 1: photo"' in page and 'alt="view 1: fitted"' in page
+    assert ">before<" not in page and ">after<" not in page and ">change<" not in page
+    assert "| quantity | value | spread | repeats |" in words and "missing" not in words
+    assert "| PSNR | 17.37\N{NO-BREAK SPACE}dB | 1.28\N{NO-BREAK SPACE}dB | 13 |" in words
+    assert "fitted: 1 splats shown" in page and 'class="choice"' not in page
+    figures = re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd></div>", page)
+    assert figures == [
+        ("splats", "6,093"),
+        ("PSNR", "17.37\N{NO-BREAK SPACE}dB"),
+        ("render time", "3.80\N{NO-BREAK SPACE}ms"),
+    ]
+    groups = {row["name"]: row["group"] for row in report["artifacts"][0]["measurements"]}
+    assert groups["fitting time"] == "cost"
+
+
+def test_a_fit_to_a_budget_says_so(tmp_path):
+    recipe = {"method": "splat", "verb": "fit", "target": "lego", "budget": {"keep": "50000"}}
+    page, _, _ = written([make_fit(tmp_path / "a", recipe=recipe)], tmp_path / "report")
+    assert "lego, fitted to 50000 by the method splat" in page
+
+
+def test_events_of_density_control_are_a_table(tmp_path):
+    log = [
+        *fit_log("default"),
+        {"kind": "density", "event": "odd"},
+        {"kind": "density", "step": "x", "event": 3, "count": None},
+        {"kind": "density", "step": 160, "event": "reset"},
+    ]
+    page, words, report = written([make_fit(tmp_path / "a", log=log)], tmp_path / "report")
+    assert report["artifacts"][0]["density"] == [r for r in log if r["kind"] == "density"]
+    assert report["artifacts"][0]["log"] == [] and "Log, " not in page
+    for line in (
+        "| split | 2 | 1,090 | 50 | 100 |",
+        "| clone | 1 | 3 | 100 | 100 |",
+        "| prune | 1 | 193 | 150 | 150 |",
+        "| reset | 1 | 0 | 160 | 160 |",
+    ):
+        assert line in words
+    table = page[page.index('class="events"') :].split("</table>")[0]
+    assert re.findall(r"<td[^>]*>([^<]*)", table)[:4] == ["2", "1,090", "50", "100"]
+    assert "odd" not in words
+    # nothing but rows that say nothing
+    bare = make_fit(tmp_path / "b", log=[{"kind": "density"}])
+    page, words, _ = written([bare], tmp_path / "bare")
+    assert 'class="events"' not in page and "Density control" not in words
+
+
+def lines_of(chart):
+    """The names beside the lines, and the lines as lists of corners (x, y)."""
+    lines = []
+    for path in re.findall(r'class="line"[^>]* d="M([^"]*)"', chart):
+        x, y = map(float, re.match(r"([\d.]+) ([\d.]+)", path).groups())
+        corners = [(x, y)]
+        for kind, value in re.findall(r"([HV])([\d.]+)", path):
+            x, y = (float(value), y) if kind == "H" else (x, float(value))
+            corners.append((x, y))
+        lines.append(corners)
+    return re.findall(r'class="label s\d"><path[^>]*/><text[^>]*>([^<]*)', chart), lines
+
+
+def test_fits_share_a_chart_of_their_counts(tmp_path):
+    """Stairs from step 0 on linear axes, a line for each policy, in one figure."""
+    folders = [make_fit(tmp_path / p, p) for p in ("default", "percentile")]
+    other = make_artifact(tmp_path / "c", log=[{**COUNT, "series": "c", "x": 0, "y": 1}])
+    page, words, report = written([*folders, other], tmp_path / "report")
+    comparison = page[page.index('id="comparison"') : page.index("<article")]
+    assert "Splats along the steps" in comparison and comparison.count('class="plot') == 1
+    wide = comparison[comparison.index('class="wide"') :].split("</svg>")[0]
+    names, (first, second) = lines_of(wide)
+    assert names == ["default", "percentile"] and first == second
+    # the count holds until it changes: 5,000 to step 50, where it is 5,430
+    assert first[0][1] == first[1][1] and first[1][0] == first[2][0] and first[2][1] < first[1][1]
+    places = [x for x, _ in first]
+    assert places[1] - places[0] == pytest.approx((places[-1] - places[0]) / 4, abs=0.2)
+    ticks = re.findall(r'<text x="([\d.]+)"[^>]*middle">([\d,]+)<', wide)
+    assert float(dict((t, x) for x, t in ticks)["0"]) == places[0]
+    # each alone too, and told apart though their titles are equal
+    assert page.count('id="a1-curves">Splats along the steps<') == 1
+    assert "lego (policy default)" in words and "lego (policy percentile)" in words
+    assert [a["distinction"] for a in report["artifacts"]] == [
+        "policy default", "policy percentile", "",
+    ]  # fmt: skip
+    assert "after compression, or after fitting where there was no model" in page
+    page, _, _ = written(folders, tmp_path / "fits")
+    assert "Values are those of the fitted models; quality is against photos held out." in page
+
+
+def test_lines_of_one_name_are_told_apart_by_their_fit(tmp_path):
+    budgets = ({"keep": "5000"}, {"keep": "9000"})
+    recipes = [{"method": "splat", "verb": "fit", "target": "lego", "budget": b} for b in budgets]
+    folders = [make_fit(tmp_path / str(i), recipe=r) for i, r in enumerate(recipes)]
+    page, _, _ = written(folders, tmp_path / "report")
+    legend = page[page.index('class="legend"') :].split("</ul>")[0]
+    assert re.findall(r"</svg>([^<]*)</li>", legend) == [
+        "default, lego budget 5000", "default, lego budget 9000",
+    ]  # fmt: skip
+    page, _, _ = written(folders[:1] * 2, tmp_path / "twice")  # equal in all
+    legend = page[page.index('class="legend"') :].split("</ul>")[0]
+    assert "default, lego a1" in legend and "default, lego a2" in legend
+
+
+def test_a_line_of_many_points_has_no_markers(tmp_path):
+    log = [{**COUNT, "series": "s", "x": x, "y": 100 + x} for x in range(50)]
+    charts = []
+    for name, rows in (("few", log[:40]), ("many", log)):
+        page, _, _ = written([make_fit(tmp_path / name, log=rows)], tmp_path / f"{name}-report")
+        charts.append(page[page.index('class="wide"') :].split("</svg>")[0])
+    assert charts[0].count("<circle") == 40 and charts[1].count("<circle") == 0
+    assert "NaN" not in charts[1]
+
+
+def test_counts_that_span_decades_stay_linear(tmp_path):
+    log = [{**COUNT, "series": "s", "x": x, "y": y} for x, y in ((0, 10), (1, 5005), (2, 10000))]
+    page, _, _ = written([make_fit(tmp_path / "a", log=log)], tmp_path / "report")
+    _, (line,) = lines_of(page[page.index('class="wide"') :].split("</svg>")[0])
+    low, middle, high = (line[i][1] for i in (0, 2, 4))
+    assert low - middle == pytest.approx(middle - high, abs=0.2)
+
+
+def test_a_curve_along_the_steps_that_is_no_count_slopes(tmp_path):
+    log = [{**COUNT, "y_name": "PSNR", "y_unit": "dB", "series": "s", "x": x, "y": 20.5 + x}
+           for x in range(3)]  # fmt: skip
+    page, _, _ = written([make_fit(tmp_path / "a", log=log)], tmp_path / "report")
+    chart = page[page.index('class="wide"') :].split("</svg>")[0]
+    (path,) = re.findall(r'class="line" d="M([^"]*)"', chart)
+    assert "H" not in path and path.count("L") == 2
+    assert 'id="a1-curves">PSNR along the steps<' in page
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 from report_browser import browse, find_chromium
-from report_samples import LOG, make_artifact, splat
+from report_samples import LOG, make_artifact, make_fit, splat
 
 from gencompress.report import write_report
 
@@ -73,6 +73,23 @@ def test_page_in_a_browser(page, scene_report):
     assert [c[:5] for c in page.run(column)] == ["41.90", "36.80", "23.60", "missi"]  # still last
     assert page.errors == []
     assert {url.split(":")[0] for url in page.requests} <= {"file", "data", "about"}
+
+
+def test_a_fit_is_called_what_it_is(page, tmp_path):
+    """Labels of the pictures, the slider and the 3D view, which has one cloud to show."""
+    folders = [make_fit(tmp_path / policy, policy) for policy in ("default", "percentile")]
+    report = write_report(folders, tmp_path / "report")
+    for width in (390, 1440):
+        page.open(report, width)
+        assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("document.querySelector('.compare input').ariaValueText") == "50% photo"
+    if page.run("!!document.createElement('canvas').getContext('webgl2')"):
+        page.box("canvas")
+        page.wait("Number(document.querySelector('canvas').dataset.drawn || 0) > 0")
+        tags = "[...document.querySelectorAll('.stage .tag')].slice(0, 2)"
+        assert page.run(f"{tags}.map(t => t.hidden ? '' : t.textContent)") == ["", "fitted"]
+        assert page.run("document.querySelector('.split').hidden")
+    assert page.errors == []
 
 
 def test_3d_view_blends_in_the_right_order_and_follows_the_camera(page, scene_report):

@@ -40,6 +40,11 @@ def weights(cloud):
     return cloud.opacities.sigmoid() * cloud.scales.topk(2, 1).values.sum(1).exp()
 
 
+def test_all_scenes_together_stay_small():
+    files = [file for file in FOLDER.parent.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 45e6
+
+
 def test_scene_toml_says_what_it_is():
     about = tomllib.loads((FOLDER / "scene.toml").read_text(encoding="utf-8"))
     assert about["kind"] == "splat" and about["licence"] == "Apache-2.0"
@@ -122,8 +127,15 @@ def test_command_line(tool, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "still_life" / "scene.ply").read_bytes() == written
 
     monkeypatch.setattr(tool, "still_life", lambda: read_splats(FOLDER / "scene.ply"))
+    monkeypatch.setitem(
+        tool.SCENES,
+        "still_life_photos",
+        lambda folder, overwrite: (folder / "transforms.json").write_text("{}"),
+    )
     assert tool.main(["--out", str(tmp_path), "--overwrite"]) == 0
     again = (tmp_path / "still_life" / "scene.ply").read_bytes()
     assert again == (FOLDER / "scene.ply").read_bytes()
+    assert tool.main(["still_life_photos", "--out", str(tmp_path)]) == 1
+    assert "transforms.json: exists already" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         tool.main(["no_such_scene", "--out", str(tmp_path)])

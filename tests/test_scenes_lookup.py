@@ -6,6 +6,7 @@ import pytest
 
 from gencompress import scenes
 from gencompress.files import FormatError
+from gencompress.run import inspect
 
 
 @pytest.fixture
@@ -54,11 +55,39 @@ def test_a_scene_that_says_nothing_useful(places, text):
         scenes.scene(about)
 
 
+def test_the_folder_of_a_scene_stands_for_its_file(places):
+    folder = places / "second" / "two"
+    assert scenes.resolve(folder) == folder / "x.ply"
+
+
+def test_a_capture_stands_for_its_folder(places):
+    folder = places / "second" / "photos"
+    folder.mkdir()
+    (folder / "scene.toml").write_text('kind = "capture"\n')
+    with pytest.raises(FormatError, match=r"transforms\.json"):
+        scenes.resolve("photos")
+    (folder / "transforms.json").write_text("{}")
+    assert scenes.names() == ["one", "photos", "two"]
+    assert scenes.resolve("photos") == scenes.resolve(folder) == folder
+
+
 def test_a_scene_whose_file_is_gone(places):
     (places / "first" / "one" / "x.ply").unlink()
     with pytest.raises(FormatError, match=r"x\.ply"):
         scenes.resolve("one")
 
 
-def test_the_real_one_is_there():
-    assert "still_life" in scenes.names() and scenes.resolve("still_life").is_file()
+def test_the_real_ones_are_there():
+    assert scenes.names() == ["still_life", "still_life_photos", "still_life_trained"]
+    for name in ("still_life", "still_life_trained"):
+        assert scenes.resolve(name).suffix == ".ply"
+    assert scenes.resolve("still_life_photos").is_dir()
+
+
+def test_what_the_photos_say_of_themselves():
+    found = inspect("still_life_photos")
+    assert found["photos"] == 48 and found["held_out"] == 6
+    assert found["sizes"] == ["200 x 200"] and found["points"] == 5000
+    folder = scenes.resolve("still_life_photos")
+    assert found["bytes"] == sum(file.stat().st_size for file in folder.rglob("*.png"))
+    assert found["capture"] == str(folder)

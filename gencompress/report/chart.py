@@ -40,6 +40,7 @@ class Point:
 class Series:
     name: str
     points: tuple[Point, ...]  # by rising x
+    held: bool = False  # a value holds until the next: stairs in place of slopes
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,10 @@ def _frame(xs: _Scale, ys: _Scale, x: Axis, y: Axis, width: int, height: int) ->
 
 
 def _line(i: int, s: Series, xs: _Scale, ys: _Scale, markers: bool) -> str:
-    path = "L".join(f"{xs(p.x)} {ys(p.y)}" for p in s.points)
+    joint = "H{0}V{1}" if s.held else "L{0} {1}"
+    first, *rest = s.points
+    path = f"{xs(first.x)} {ys(first.y)}"
+    path += "".join(joint.format(xs(p.x), ys(p.y)) for p in rest)
     dash = ' stroke-dasharray="7 4"' if i >= _COLOURS else ""
     parts = [f'<g class="series s{i % _COLOURS + 1}"><path class="line"{dash} d="M{path}"/>']
     for p in s.points:

@@ -9,9 +9,11 @@ from typing import Any
 
 from gencompress.report import text
 from gencompress.report.chart import Axis, Point, Series, line_chart, marker
-from gencompress.report.rows import number
+from gencompress.report.rows import is_fit, number
 
 MAX_STEPS = 400  # points of a training curve; more would not be seen
+MAX_MARKERS = 40  # of a line; more hide it
+STEP = "step"  # the x_name of curves along a training
 _EXTRA = (("worst", None), ("count", ""), ("bytes", "B"), ("seconds", "s"))
 
 
@@ -31,6 +33,53 @@ def curve_tables(rows: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, An
     return [(_title(key), curve_table(group)) for key, group in _by_axes(rows).items()]
 
 
+def together(artifacts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of curves that several fits share, each fit with lines of its own; without tables,
+    for each fit has one. Lines of one name are told apart by their fit."""
+    fits = [a for a in artifacts if is_fit(a)]
+    lines = [{str(row.get("series") or "") for row in a["curves"]} for a in fits]
+    rows = []
+    for i, a in enumerate(fits):
+        shared = set().union(*lines[:i], *lines[i + 1 :])
+        label = f"{a['title']} {a['distinction'] or a['id']}"
+        for row in a["curves"]:
+            name = str(row.get("series") or "")
+            own = f"{name}, {label}" if name in shared else name
+            rows.append({**row, "series": own, "from": i})
+    return [
+        {**_curve_figure(key, group), "title": curve_heading(group)}
+        for key, group in _by_axes(rows).items()
+        if len({row["from"] for row in group}) > 1
+    ]
+
+
+def curve_heading(rows: Sequence[dict[str, Any]]) -> str:
+    """What the curves of an artifact show."""
+    if not rows or any(row.get("x_name") != STEP for row in rows):
+        return "Quality against size"
+    names = list(dict.fromkeys(str(row.get("y_name") or "y") for row in rows))
+    return f"{names[0][:1].upper()}{names[0][1:]} along the steps" if len(names) == 1 else "Curves"
+
+
+def density_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Events of density control, one line for each kind: {"head", "body"} as `curve_table`, or
+    None. Rows without an event or a step are left out."""
+    kinds: dict[str, list[dict]] = {}
+    for row in rows:
+        if row.get("event") and number(row.get("step")) is not None:
+            kinds.setdefault(str(row["event"]), []).append(row)
+    if not kinds:
+        return None
+    body = []
+    for name, events in kinds.items():
+        steps = [number(row["step"]) for row in events]
+        counts = [number(row.get("count")) for row in events]
+        total = sum(count for count in counts if count is not None)
+        numbers = (len(events), total, min(steps), max(steps))
+        body.append([(name, None), *(_cell(value, "") for value in numbers)])
+    return {"head": ["event", "times", "splats in all", "first step", "last step"], "body": body}
+
+
 def _by_axes(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
     pairs: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -44,17 +93,35 @@ def _title(key: tuple[str, str, str, str]) -> str:
 
 
 def _curve_figure(key: tuple[str, str, str, str], rows: Sequence[dict]) -> dict[str, Any]:
-    x, y = Axis(key[0] or "x", key[1]), Axis(key[2] or "y", key[3], log=key[3] != "dB")
+    along = key[0] == STEP
+    x = Axis(key[0] or "x", key[1], log=not along)
+    y = Axis(key[2] or "y", key[3], log=key[3] != "dB" and not along)
     by_name: dict[str, list[dict]] = {}
     for row in rows:
         by_name.setdefault(str(row.get("series") or ""), []).append(row)
     scale = _percent_scale(rows, x.unit)
-    series = [Series(name, _points(name, group, x, y, scale)) for name, group in by_name.items()]
+    series = [
+        Series(name, _points(name, group, x, y, scale), held=along and _are_counts(group))
+        for name, group in by_name.items()
+    ]
+    crowded = max(len(s.points) for s in series) > MAX_MARKERS
     title = _title(key)
     return {
         "title": title,
         "charts": [
-            (name, line_chart(title, series, x, y, width=width, height=height, name_lines=lined))
+            (
+                name,
+                line_chart(
+                    title,
+                    series,
+                    x,
+                    y,
+                    width=width,
+                    height=height,
+                    name_lines=lined,
+                    markers=not crowded,
+                ),
+            )
             for name, width, height, lined in _SIZES
         ]
         if any(s.points for s in series)
@@ -63,6 +130,12 @@ def _curve_figure(key: tuple[str, str, str, str], rows: Sequence[dict]) -> dict[
         "whiskers": sum(p.worst is not None for s in series for p in s.points),
         "table": curve_table(rows),
     }
+
+
+def _are_counts(rows: Sequence[dict]) -> bool:
+    """Whether all values are whole: such a number keeps its value until it changes."""
+    values = [number(row.get("y")) for row in rows]
+    return all(value is None or value == int(value) for value in values)
 
 
 def _points(name: str, rows: Sequence[dict], x: Axis, y: Axis, scale: float) -> tuple:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gencompress.report import rows, text
-from gencompress.report.figures import curve_tables
+from gencompress.report.figures import curve_tables, density_table
 from gencompress.report.page import facts, lede, recipe_listing
 
 
@@ -20,7 +20,7 @@ def render(report: dict[str, Any]) -> str:
         lines += _comparison(report["comparison"])
     for a in artifacts:
         if len(artifacts) > 1:
-            lines += [f"## {escape(a['title'])}", ""]
+            lines += [f"## {escape(_name(a))}", ""]
         lines += _artifact(a, "###" if len(artifacts) > 1 else "##")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -33,17 +33,21 @@ def escape(words: Any) -> str:
 
 def _artifact(a: dict[str, Any], level: str) -> list[str]:
     lines = [escape(lede(a)), ""]
-    figures = rows.headline(a["measurements"])
+    figures = rows.headline(a)
     if figures:
         lines += ["**" + ", ".join(escape(f"{f['figure']} {f['label']}") for f in figures) + "**"]
         lines += [""]
-    lines += [f"{level} Measurements", "", *_measurements(a["measurements"]), ""]
+    lines += [f"{level} Measurements", "", *_measurements(a), ""]
     for title, table in curve_tables(a["curves"]):
         body = [
             [shown + (", chosen" if chosen and i == 0 else "") for i, (shown, _) in enumerate(row)]
             for row, chosen in zip(table["body"], table["chosen"], strict=True)
         ]
         lines += [f"{level} {escape(title)}", "", *_table(table["head"], body), ""]
+    events = density_table(a["density"])
+    if events:
+        shown = [[cell for cell, _ in row] for row in events["body"]]
+        lines += [f"{level} Density control", "", *_table(events["head"], shown), ""]
     known = [[name, text.MISSING if shown is None else shown] for name, shown in facts(a)]
     lines += [f"{level} Provenance", "", *_table(["", ""], known, numbers=False), ""]
     lines += [f"Artifact: [{escape(a['folder'])}](<{a['folder']}>)", ""]
@@ -51,12 +55,20 @@ def _artifact(a: dict[str, Any], level: str) -> list[str]:
     return lines + (_fenced(a["command"], "sh") if a["command"] else [])
 
 
-def _measurements(measured: Sequence[dict[str, Any]]) -> list[str]:
-    if not measured:
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['title']} ({row['distinction']})" if row["distinction"] else row["title"]
+
+
+def _measurements(a: dict[str, Any]) -> list[str]:
+    if not a["measurements"]:
         return ["Nothing was measured."]
     head = ["quantity", "before", "after", "change", "verdict", "spread", "repeats"]
-    ordered = sorted(measured, key=lambda row: rows.GROUPS.index(row["group"]))
-    return _table(head, [_measurement(row) for row in ordered])
+    ordered = sorted(a["measurements"], key=lambda row: rows.GROUPS.index(row["group"]))
+    body = [_measurement(row) for row in ordered]
+    if rows.is_fit(a):  # there is nothing before a fit
+        head = ["quantity", "value", "spread", "repeats"]
+        body = [[row[0], row[2], *row[5:]] for row in body]
+    return _table(head, body)
 
 
 def _measurement(row: dict[str, Any]) -> list[str]:
@@ -84,7 +96,7 @@ def _side_by_side(block: dict[str, Any]) -> list[str]:
     head = ["artifact"] + [c["name"] for c in block["columns"]]
     body = []
     for row in block["rows"]:
-        cells = [row["title"]]
+        cells = [_name(row)]
         for cell in row["cells"]:
             shown = text.MISSING if cell is None else text.value(cell["after"], cell["unit"])
             words = rows.change_words(cell) if cell else ""

@@ -32,7 +32,7 @@
     const input = box.querySelector("input");
     const move = () => {
       box.style.setProperty("--at", `${input.value}%`);
-      input.setAttribute("aria-valuetext", `${Math.round(input.value)}% before`);
+      input.setAttribute("aria-valuetext", `${Math.round(input.value)}% ${input.dataset.label}`);
     };
     input.addEventListener("input", move);
     move();

@@ -13,14 +13,20 @@ import jinja2
 from markupsafe import Markup
 
 from gencompress.report import rows, text
-from gencompress.report.figures import curve_figures, step_figures
+from gencompress.report.figures import (
+    curve_figures,
+    curve_heading,
+    density_table,
+    step_figures,
+    together,
+)
 
 _HERE = Path(__file__).parent
 MAX_LOG_LINES = 400
 
 
-def render(report: dict[str, Any], pictures: Sequence[tuple[list, dict | None]]) -> str:
-    """The page of a report. `pictures` holds the views and the 3D scene of each artifact."""
+def render(report: dict[str, Any], pictures: Sequence[tuple[list, dict | None, dict]]) -> str:
+    """The page of a report. `pictures` is what `read_previews` tells of each artifact."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -32,8 +38,7 @@ def render(report: dict[str, Any], pictures: Sequence[tuple[list, dict | None]])
         value=text.value, exact=text.exact, percent=text.percent, change_words=rows.change_words
     )
     artifacts = [
-        _for_page(a, views, scene)
-        for a, (views, scene) in zip(report["artifacts"], pictures, strict=True)
+        _for_page(a, *shown) for a, shown in zip(report["artifacts"], pictures, strict=True)
     ]
     scripts = ["page.js"] + ["viewer.js"] * any(a["scene"] for a in artifacts)
     return environment.get_template("page.html").render(
@@ -42,6 +47,8 @@ def render(report: dict[str, Any], pictures: Sequence[tuple[list, dict | None]])
         artifacts=artifacts,
         single=artifacts[0] if len(artifacts) == 1 else None,
         compared=report["comparison"],
+        together=together(report["artifacts"]),
+        values_are=_values_are(report["artifacts"]),
         devices=list(dict.fromkeys(a["device"] for a in artifacts if a["device"])),
         unknown=sum(not a["device"] for a in artifacts),
         groups=rows.GROUPS,
@@ -55,14 +62,20 @@ def _own(name: str) -> Markup:
     return Markup((_HERE / name).read_text(encoding="utf-8"))
 
 
-def _for_page(a: dict[str, Any], views: list, scene: dict | None) -> dict[str, Any]:
+def _for_page(
+    a: dict[str, Any], views: list, scene: dict | None, labels: dict[str, str]
+) -> dict[str, Any]:
     return {
         **a,
         "views": views,
         "scene": scene,
+        "labels": labels,
+        "fitted": rows.is_fit(a),
         "lede": lede(a),
-        "headline": rows.headline(a["measurements"]),
+        "headline": rows.headline(a),
         "curve_figures": curve_figures(a["curves"]),
+        "curve_heading": curve_heading(a["curves"]),
+        "density_table": density_table(a["density"]),
         "step_figures": step_figures(a["steps"]),
         "log_lines": _log_lines(a["log"]),
         "facts": facts(a),
@@ -71,16 +84,27 @@ def _for_page(a: dict[str, Any], views: list, scene: dict | None) -> dict[str, A
     }
 
 
+def _values_are(artifacts: Sequence[dict[str, Any]]) -> str:
+    """What the values of a comparison are, in a sentence."""
+    fits = sum(map(rows.is_fit, artifacts))
+    if fits == len(artifacts):
+        return "Values are those of the fitted models; quality is against photos held out."
+    after = "compression, or after fitting where there was no model" if fits else "compression"
+    return f"Values are those after {after}; below each, the change from before."
+
+
 def lede(a: dict[str, Any]) -> str:
-    """The sentence under a title: what was compressed, to what budget, where and when."""
+    """The sentence under a title: what was made smaller or fitted, to what budget, where, when."""
     what = f"{a['target']}" if a["target"] else "A model whose origin was not recorded"
     keep = a["recipe"].get("budget")
     keep = keep.get("keep") if isinstance(keep, dict) else keep
-    budget = f" to {keep}" if keep else ""
+    done = "fitted" if rows.is_fit(a) else "compressed"
+    bare = not keep or (rows.is_fit(a) and keep == "100%")  # a fit without a budget
+    budget = "" if bare else f" to {keep}"
     method = f" by the method {a['method']}" if a["method"] else ""
     where = f" Measured on {a['device']}." if a["device"] else " The device was not recorded."
     day = f" Made {a['created'][:10]}." if isinstance(a["created"], str) else ""
-    return f"{what}, compressed{budget}{method}.{where}{day}"
+    return f"{what}, {done}{budget}{method}.{where}{day}"
 
 
 def facts(a: dict[str, Any]) -> list[tuple[str, str | None]]:

@@ -21,12 +21,15 @@ _VECTORS = ("eye", "target", "up")
 _IMAGES = ("before", "after", "difference")
 
 
-def read_previews(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The views of `folder`/preview/index.json, and the 3D scene or None.
+def read_previews(
+    folder: Path,
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None, dict[str, str]]:
+    """The views of `folder`/preview/index.json, the 3D scene or None, and the labels.
 
     A view is {"name", "caption", "background", "before", "after", "difference"}, its images data
     URIs or None. The scene is {"before", "after"} (base64 of .splat records, or None), "counts",
-    "camera" and "background", or {"note"} where it is too large to embed.
+    "camera" and "background", or {"note"} where it is too large to embed. The labels are what to
+    call the two sides, {"before": "before", "after": "after"} where the index names no others.
 
     Raises:
         FormatError: the index is not what it should be, or names a file that is absent, lies
@@ -35,7 +38,7 @@ def read_previews(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | 
     preview = folder / "preview"
     index = _read_index(preview / "index.json")
     views = [_view(preview, entry, i) for i, entry in enumerate(index.get("views") or [], 1)]
-    return views, _scene(preview, index)
+    return views, _scene(preview, index), _labels(preview / "index.json", index.get("labels", {}))
 
 
 def _read_index(path: Path) -> dict[str, Any]:
@@ -49,6 +52,13 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not isinstance(views, list) or not all(isinstance(v, dict) for v in views):
         raise FormatError(path, 'expected an object {"views": [{...}], ...}')
     return index
+
+
+def _labels(path: Path, labels: Any) -> dict[str, str]:
+    names = labels.values() if isinstance(labels, dict) else [None]
+    if not all(isinstance(name, str) and name for name in names):
+        raise FormatError(path, 'labels need texts, as in {"before": "photo", "after": "fitted"}')
+    return {key: labels.get(key, key) for key in ("before", "after")}
 
 
 def _view(preview: Path, entry: dict[str, Any], number: int) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from gencompress.artifact import Artifact, read_log
 from gencompress.measure import Measurement
 from gencompress.report import text
 
+_KINDS = ("curve", "step", "density")  # of log rows with a place of their own
 GROUPS = ("size", "cost", "quality", "speed", "other")
 _COST_UNITS = {"MACs", "FLOPs", "GMACs", "GFLOPs"}
 _SIZE_UNITS = {"B", "bytes", "kB", "MB", "GB", "params", "parameters", "units"}
 _SIZE_WORDS = ("splat", "face", "vertices", "parameter", "size", "count", "cells", "experts")
 _COST_WORDS = ("memory", "macs", "flops", "intersection", "compression", "scoring", "training")
+_COST_WORDS += ("fitting",)
 _QUALITY_WORDS = ("psnr", "ssim", "lpips", "fid", "cmmd", "clip", "sscd", "iou", "chamfer")
 _QUALITY_WORDS += ("hausdorff", "similarity", "error", "accuracy", "silhouette")
 _SPEED_WORDS = ("time", "latency", "throughput", "fps", "per second")
@@ -51,6 +53,7 @@ def describe(artifact: Artifact, out: Path, ident: str) -> dict[str, Any]:
         "title": str(manifest.get("title") or artifact.folder.name),
         "folder": link_to(artifact.folder, out),
         "method": manifest.get("method"),
+        "verb": recipe.get("verb", "compress"),
         "target": recipe.get("target"),
         "created": manifest.get("created"),
         "gencompress": manifest.get("gencompress"),
@@ -65,7 +68,8 @@ def describe(artifact: Artifact, out: Path, ident: str) -> dict[str, Any]:
         "measurements": [{**_row(m), **common} for m in artifact.measurements],
         "curves": [_plain(row) for row in log if row.get("kind") == "curve"],
         "steps": [_plain(row) for row in log if row.get("kind") == "step"],
-        "log": [_plain(row) for row in log if row.get("kind") not in ("curve", "step")],
+        "density": [_plain(row) for row in log if row.get("kind") == "density"],
+        "log": [_plain(row) for row in log if row.get("kind") not in _KINDS],
     }
 
 
@@ -128,12 +132,40 @@ def _direction(row: dict[str, Any]) -> str:
     return words[1] if rose else words[0]
 
 
-def headline(rows: Sequence[dict[str, Any]], *, speed: bool = True) -> list[dict[str, str]]:
+def is_fit(a: dict[str, Any]) -> bool:
+    """Whether the model was made from photos: there was none before."""
+    return a["verb"] == "fit"
+
+
+def distinctions(artifacts: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells each from others of its title: settings of the recipe that differ, or ""."""
+    plans = []
+    for a in artifacts:
+        recipe = {k: v for k, v in a["recipe"].items() if k not in ("config", "command")}
+        config = a["recipe"].get("config")
+        plans.append(recipe | (config if isinstance(config, dict) else {}))
+    words = []
+    for a, plan in zip(artifacts, plans, strict=True):
+        rivals = [p for b, p in zip(artifacts, plans, strict=True) if b["title"] == a["title"]]
+        differ = [k for k in plan if any(p.get(k) != plan[k] for p in rivals)]
+        words.append(", ".join(f"{k} {_short(plan[k])}" for k in differ))
+    return words
+
+
+def _short(value: Any) -> str:
+    """A setting in a line; of a budget only what is kept."""
+    return str(value.get("keep", value) if isinstance(value, dict) else value)
+
+
+def headline(a: dict[str, Any]) -> list[dict[str, str]]:
     """The few numbers that sum a run up: [{"figure": "4.0×", "label": "smaller", "detail": ...}].
 
     Taken from the measurements: the delivered size, else the first count; the first quality;
-    the first speed. What was not measured is left out.
+    the first speed. What was not measured is left out. Of a fit, the values themselves.
     """
+    rows = a["measurements"]
+    if is_fit(a):
+        return _made(rows)
     found = []
     sizes = [r for r in rows if r["group"] == "size" and r["change"] and r["change"]["ratio"]]
     sizes.sort(key=lambda r: r["unit"] not in ("B", "bytes", "MB"))
@@ -144,9 +176,19 @@ def headline(rows: Sequence[dict[str, Any]], *, speed: bool = True) -> list[dict
         detail = "" if r["before"] is None else f"was {text.value(r['before'], r['unit'])}"
         figure = {"figure": text.value(r["after"], r["unit"]), "label": r["name"], "detail": detail}
         found.append(figure)
-    if speed:
-        timed = [r for r in rows if r["group"] == "speed" and r["change"] and r["change"]["ratio"]]
-        found += [_factor_figure(r) for r in timed[:1]]
+    timed = [r for r in rows if r["group"] == "speed" and r["change"] and r["change"]["ratio"]]
+    return found + [_factor_figure(r) for r in timed[:1]]
+
+
+def _made(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The first count, quality and time of a picture, as they are."""
+    found = []
+    for group in ("size", "quality", "speed"):
+        known = [r for r in rows if r["group"] == group and r["after"] is not None]
+        known.sort(key=lambda r: r["unit"] in ("B", "bytes", "MB") or "worst" in r["name"].lower())
+        for r in known[:1]:
+            shown = text.value(r["after"], "" if r["unit"] == r["name"] else r["unit"])
+            found.append({"figure": shown, "label": r["name"], "detail": ""})
     return found
 
 
@@ -198,7 +240,7 @@ def _cells(artifacts: Sequence[dict], columns: Sequence[dict]) -> list[dict[str,
     for a in artifacts:
         by_key = {(r["name"], r["unit"]): r for r in a["measurements"]}
         cells = [by_key.get((c["name"], c["unit"])) for c in columns]
-        who = {key: a[key] for key in ("id", "title", "method", "target", "folder")}
+        who = {key: a[key] for key in ("id", "title", "distinction", "method", "target", "folder")}
         rows.append({**who, "cells": cells})
     return rows
 

@@ -318,8 +318,8 @@
       const [left, right] = stage.querySelectorAll(".tag");
       left.hidden = mode === "after";
       right.hidden = mode === "before";
-      left.textContent = "before";
-      right.textContent = "after";
+      left.textContent = settings.labels.before;
+      right.textContent = settings.labels.after;
       handle.hidden = find(".split").hidden = mode !== "split";
       stage.style.setProperty("--at", `${share * 100}%`);
       changed();

@@ -51,6 +51,8 @@ def write_report(
 
     artifacts = [read_artifact(folder) for folder in folders]
     described = [rows.describe(a, out, f"a{i}") for i, a in enumerate(artifacts, 1)]
+    for a, words in zip(described, rows.distinctions(described), strict=True):
+        a["distinction"] = words
     report = {
         "schema": SCHEMA,
         "gencompress": __version__,

@@ -176,7 +176,7 @@ def write_preview(
         level = BACKGROUNDS[len(views) % 2]
         images = [picture(cloud, camera, level) for cloud in (before, after)]
         views.append(_write_view(f"view {number}", number, *images, level, folder))
-    _write_index(views, cameras, {"before": before, "after": after}, folder)
+    _write_index({"views": views}, cameras, {"before": before, "after": after}, folder)
 
 
 def write_photo_preview(cloud: SplatCloud, photos: Sequence[Photo], folder: Path) -> None:
@@ -187,7 +187,8 @@ def write_photo_preview(cloud: SplatCloud, photos: Sequence[Photo], folder: Path
         truth, own = wanted(photo, (level,) * 3), picture(cloud, photo.camera, level)
         name = f"photo {photo.camera.name or number}, held out"
         views.append(_write_view(name, number, truth, own, level, folder))
-    _write_index(views, [photo.camera for photo in photos], {"after": cloud}, folder)
+    index = {"views": views, "labels": {"before": "photo", "after": "fitted"}}
+    _write_index(index, [photo.camera for photo in photos], {"after": cloud}, folder)
 
 
 def _some(items: Sequence[Any]) -> list[tuple[int, Any]]:
@@ -215,7 +216,7 @@ def _write_view(
 
 
 def _write_index(
-    views: list[dict[str, str]],
+    index: dict[str, Any],
     cameras: Sequence[Camera],
     clouds: dict[str, SplatCloud],
     folder: Path,
@@ -233,7 +234,7 @@ def _write_index(
         "up": (-rotation[1]).tolist(),
         "fov_deg": 2 * float(torch.rad2deg(torch.atan(torch.tensor(0.5 * shorter)))),
     }
-    index = {"views": views, "camera": camera, "scene": {"background": "black"}}
+    index = {**index, "camera": camera, "scene": {"background": "black"}}
     (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from gencompress.files import FormatError, writing
+from gencompress.files import FormatError, save_tensors, writing
 
 Progress = Callable[[str], None]
 Log = list[dict[str, Any]]
@@ -160,11 +159,11 @@ def _save(
     text = json.dumps(about | {"fingerprint": checkpoint.fingerprint})
     try:
         with writing(checkpoint.path, overwrite=True) as part:
-            save_file(tensors, part, {ABOUT: text})
-    except (OSError, SafetensorError) as problem:
+            save_tensors(part, tensors, {ABOUT: text})
+    except OSError as problem:
         raise OSError(
             f"{checkpoint.path}: the checkpoint of step {about['step']} cannot be written "
-            f"({problem}); {kept}"
+            f"({problem.strerror or problem}); {kept}"
         ) from problem
 
 

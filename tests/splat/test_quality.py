@@ -8,10 +8,12 @@ from PIL import Image
 from splat.scene_samples import ball, cameras
 
 from gencompress.measure.cost import file_bytes
+from gencompress.report.preview import read_previews
 from gencompress.splat import quality
 from gencompress.splat.cloud import rows, tensors, with_tensors
 from gencompress.splat.formats import read_splats, write_splats
 from gencompress.splat.render import render
+from gencompress.views.photos import Photo
 
 
 def test_identical_clouds_count_as_one_hundred():
@@ -115,6 +117,29 @@ def test_preview_says_what_it_shows(tmp_path):
     assert np.allclose(eye, first.position) and camera["fov_deg"] == pytest.approx(45)
     assert np.linalg.norm(target) < 0.2 * np.linalg.norm(eye)  # at the ball, not away from it
     assert np.dot(camera["up"], [0, -1, 0]) > 0
+
+
+def test_photos_are_the_pictures_before(tmp_path):
+    cloud, views = ball(100), cameras(2)
+    grey = torch.full((64, 64, 3), 128, dtype=torch.uint8)
+    clear = torch.zeros(64, 64, dtype=torch.uint8)
+    photos = [Photo(views[0], grey, None), Photo(views[1], grey, clear)]
+    tmp_path = tmp_path / "preview"
+    tmp_path.mkdir()
+    quality.write_photo_preview(cloud, photos, tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert index["labels"] == {"before": "photo", "after": "fitted"}
+    first, second = index["views"]
+    assert (np.asarray(Image.open(tmp_path / first["before"])) == 128).all()
+    # what is transparent is the background, and that is white for the second
+    assert (np.asarray(Image.open(tmp_path / second["before"])) == 255).all()
+    shown = np.asarray(Image.open(tmp_path / first["after"]), np.float64)
+    wanted = quality.picture(cloud, views[0]).numpy() * 255
+    assert abs(shown - wanted).max() <= 0.5 + 1e-3
+    assert len(read_splats(tmp_path / "after.splat")) == 100
+    assert not (tmp_path / "before.splat").exists()
+    shown, scene, labels = read_previews(tmp_path.parent)
+    assert labels == index["labels"] and len(shown) == 2 and scene["before"] is None
 
 
 def test_a_preview_of_many_shows_the_largest(tmp_path, monkeypatch):
