@@ -161,10 +161,11 @@ def fit(
 def list_(as_json: Json = False) -> None:
     """Methods, shipped recipes and embedded scenes."""
     from gencompress import scenes
-    from gencompress.run import METHODS
+    from gencompress.run import FITS, METHODS
 
     found = {
         "methods": list(METHODS),
+        "fit": list(FITS),
         "recipes": {n: read_recipe(p).target for n, p in shipped_recipes().items()},
         "scenes": scenes.names(),
     }

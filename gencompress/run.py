@@ -32,6 +32,7 @@ METHODS = {"splat": "gencompress.splat"}
 FITS = {"splat": "gencompress.splat.fitting"}
 WORK = ".{}.work"  # beside the output: what resuming needs while a run is not finished
 
+_VERBS = {"compress": "", "fit": "fit "}
 _NOUNS = {"compress": "compression", "fit": "fitting"}
 
 Progress = Callable[[str], None]
@@ -117,7 +118,7 @@ def run(
             rows,
             save_model=lambda folder: shutil.copytree(saved, folder, dirs_exist_ok=True),
             save_preview=lambda folder: package.preview(before, after, data, folder),
-            title=title or f"{target.name}, {recipe.method}",
+            title=title or f"{target.name}, {_VERBS[recipe.verb]}{recipe.method}",
             criterion=str(getattr(config, "score", "")),
             digest=_digest(recipe),
             overwrite=overwrite,

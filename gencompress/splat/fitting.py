@@ -57,7 +57,7 @@ class Config:
     batch: int = 1  # photos a step
     background: str = "auto"  # black, white, random; auto: random where photos have alpha
     ssim: float = 0.2  # share of 1 - SSIM in the loss
-    alpha: float = 0.0  # weight of the alpha error, where photos have alpha
+    alpha: float = 0.1  # weight of the alpha error, where photos have alpha
     normal: float = 0.05  # surfels: weight of normals against those of the depth
     distortion: float = 0.0  # surfels: weight of the spread of depths along a ray
     points: int = 20_000  # splats to start with at random, for a capture without points
@@ -103,7 +103,7 @@ def training(config: Config, has_alpha: bool) -> Training:
         degree=config.degree,
         background=background,
         ssim=config.ssim,
-        alpha=config.alpha,
+        alpha=config.alpha if has_alpha else 0.0,
         normal=config.normal if config.surfels else 0.0,
         distortion=config.distortion if config.surfels else 0.0,
         opacity=REGULARISED if relocation else 0.0,
@@ -144,8 +144,6 @@ def load(
     if dtype != "float32" or device != "cpu":
         raise ValueError(f"{dtype} on {device}: splats are float32, and on the cpu for now")
     train, test = load_capture(target, images=config.images or None, every=config.hold_out)
-    if config.alpha and all(photo.alpha is None for photo in train):
-        raise FormatError(target, "no photo has alpha or a mask, and alpha has a weight")
     cameras = [photo.camera for photo in train]
     preset = MCMC if config.policy == "mcmc" else USUAL
     found = load_points(target)
@@ -219,6 +217,7 @@ def compare(
     """The number of splats along the run, for the report."""
     counts = [(0, len(before))]
     counts += [(row["step"], row["splats"]) for row in result.log if row["kind"] == "density"]
+    counts.append((config.steps, len(result.model)))
     return [
         {
             "kind": "curve", "series": config.policy, "x": step, "x_name": "step", "x_unit": "",
