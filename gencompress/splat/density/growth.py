@@ -8,7 +8,6 @@ import torch
 from gencompress_kernels.rasterize_splats.reference import rotation_matrices
 from torch import Tensor
 
-from gencompress.core.ranking import top_flat
 from gencompress.splat.density.common import log, shared_logits
 from gencompress.splat.state import State, add_rows, forget, keep_rows
 
@@ -21,10 +20,8 @@ def grow(
     small: float,  # of the extent
     shrink: float,
     revised_opacity: bool,
-    most: int | None = None,
 ) -> None:
-    """Clones or splits every splat whose gradient, mean over the views that saw it, is larger; of
-    more than `most` such splats those with the largest.
+    """Clones or splits every splat whose gradient, mean over the views that saw it, is larger.
 
     One whose largest scale is at most `small` gets a copy; another is replaced by two, drawn from
     its own distribution, with scales divided by `shrink`. New rows come last: clones, then the
@@ -34,10 +31,7 @@ def grow(
     mean = state.notes["gradient"] / state.notes["seen"].clamp_min(1)
     largest = state.parameters["scales"].amax(1)
     fits = largest <= math.log(small * state.extent)
-    grows = mean > gradient
-    if most is not None and int(grows.sum()) > most:
-        grows &= top_flat(mean, most)
-    cloned, split = grows & fits, grows & ~fits
+    cloned, split = (mean > gradient) & fits, (mean > gradient) & ~fits
     num_cloned, num_split = int(cloned.sum()), int(split.sum())
     if num_cloned:
         _clone(state, cloned, revised_opacity)

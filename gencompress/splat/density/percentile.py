@@ -163,7 +163,6 @@ def after_step(
                 small=policy.small,
                 shrink=policy.shrink,
                 revised_opacity=policy.revised_opacity,
-                most=_growth_room(policy, state) if policy.target else None,
             )
         clear_sums(state)
     if is_reset(step, policy.reset_every, policy.grow_until):
@@ -235,12 +234,6 @@ def _over_budget(
     if state.step == last:
         gone = gone | lowest(values, ~gone, count - int(first_choice.sum()))
     return gone
-
-
-def _growth_room(policy: Percentile, state: State) -> int:
-    """How many may be added under a budget: what is missing, and the share that goes at once. More
-    would be made only to be removed half a cadence later."""
-    return max(policy.target - len(state), 0) + _share(policy.fraction, len(state))
 
 
 def _share(share: float, num: int) -> int:

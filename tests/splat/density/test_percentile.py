@@ -372,7 +372,7 @@ def test_a_larger_budget_than_there_is_removes_nothing():
 
 def test_nothing_grows_after_a_budget_is_met():
     policy = Percentile(target=500, min_count=100, prune_until=2600, grow_until=15_000)
-    for step, more in ((2500, 50), (2600, 0), (2700, 0)):
+    for step, more in ((2500, 100), (2600, 0), (2700, 0)):
         state = spread(1000, step=step)
         state.notes["gradient"][:100] = 1
         act(policy, state)
@@ -411,21 +411,3 @@ def test_a_short_run_removes_as_often():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Percentile(**settings)
-
-
-def test_under_a_budget_growth_makes_no_more_than_the_next_removal_takes():
-    policy = Percentile(target=500, min_count=100, prune_until=2600, gradient=1e-4)
-    for num, room in ((500, 25), (480, 20 + 24), (700, 35)):
-        state = tagged(num, step=700)
-        slope = torch.rand(num, generator=torch.Generator().manual_seed(3)) + 0.1
-        state.notes["gradient"], state.notes["seen"] = slope.clone(), torch.ones(num)
-        events = act(policy, state)
-        assert len(state) == num + room
-        assert sum(e["count"] for e in events if e["event"] in ("clone", "split")) == room
-        # those that pull hardest: two rows each have their tag
-        twice = torch.bincount(tags(state).long(), minlength=num + 1)[1:] == 2
-        assert torch.equal(twice, slope >= slope.sort(descending=True).values[room - 1])
-    state = tagged(500, step=700)
-    state.notes["gradient"], state.notes["seen"] = torch.ones(500), torch.ones(500)
-    act(replace(policy, target=0), state)
-    assert len(state) == 1000
