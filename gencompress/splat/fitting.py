@@ -126,6 +126,8 @@ def policy(config: Config, target: int) -> Policy | None:
         chosen["cap"] = target
     elif target and config.policy == "percentile":
         chosen["target"] = target
+        # what a budget takes away it takes where growth adds, so the count does not swing between
+        chosen.setdefault("prune_offset", 0)
         chosen.setdefault("min_count", min(target, kind.min_count))
     return scaled(kind(**chosen), config.steps)
 

@@ -10,12 +10,15 @@ from gencompress_kernels.rasterize_splats import (
     rasterize_splats,
     splat_removal_errors,
 )
+from gencompress_kernels.rasterize_surfels import RenderedSurfels, rasterize_surfels
 from torch import Tensor
 
 from gencompress.splat.cloud import SplatCloud
 from gencompress.views.camera import Camera
 
-FLAT = 1e-6  # third axis of a 2DGS surfel drawn as a flat splat, as a share of its smaller axis
+# third axis of a 2DGS surfel where the kernel at hand knows flat splats only (removal errors,
+# corrections, merging), as a share of its smaller axis
+FLAT = 1e-6
 
 
 def activate(cloud: SplatCloud) -> dict[str, Tensor]:
@@ -40,8 +43,15 @@ def render(
     *,
     background: Tensor | None = None,  # [3], black if None
     statistics: bool = False,
-) -> Rendered:
-    """One pinhole picture (lens distortion is ignored): colors [1, H, W, 3] and so on."""
+) -> Rendered | RenderedSurfels:
+    """One pinhole picture (lens distortion is ignored): colors [1, H, W, 3] and so on. Clouds with
+    two scales are drawn as the surfels they are."""
+    if cloud.scales.shape[1] == 2:
+        splats = activate(cloud)
+        splats["scales"] = splats["scales"][:, :2].contiguous()
+        return rasterize_surfels(
+            **splats, **lens(cloud.means, camera), background=background, statistics=statistics
+        )
     return rasterize_splats(
         **activate(cloud),
         **lens(cloud.means, camera),
