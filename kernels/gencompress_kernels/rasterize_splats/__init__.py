@@ -164,6 +164,8 @@ def _rasterize(
         means, quats, scales, opacities, sh, viewmats, intrinsics, width, height, antialiased
     )
     drawn = list(zip(*(run(s, background.contiguous(), statistics) for s in shots), strict=True))
+    if len(shots) == 1:  # nothing to copy together
+        return (*(one[None] for (one,) in drawn[:4]), *(one for (one,) in drawn[4:]))
     return (*(torch.stack(many) for many in drawn[:4]), *(torch.cat(many) for many in drawn[4:]))
 
 
