@@ -203,12 +203,15 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Points of quality against size for the report: each of `config.compare` beside the score
     that was used, at the shares of `config.curve` and at that of the result. Empty if neither is
-    asked for. Other scores are shown as they are, without the correction."""
+    asked for. Against held-out photos where there are some, else against the input."""
     if not config.compare and not config.curve:
         return []
     job = _job(cloud, data, config, generator, progress)
-    truth = quality.photo_truth(data.photos) or quality.truth(cloud, data.test)
-    return curves(job, result.model, truth, generator, progress)
+    if data.photos:
+        truth, measure = quality.photo_truth(data.photos), "PSNR to photos"
+    else:
+        truth, measure = quality.truth(cloud, data.test), "PSNR"
+    return curves(job, result.model, truth, generator, progress, measure)
 
 
 def predict(cloud: SplatCloud, data: Views, budget: Budget, config: Config) -> dict[str, int]:

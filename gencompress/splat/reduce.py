@@ -135,6 +135,7 @@ def curves(
     truth: quality.Truth,
     generator: torch.Generator,
     progress: Progress,
+    measure: str = "PSNR",
 ) -> list[dict[str, Any]]:
     """Rows of quality against size: the score that was used and each of `config.compare`, at the
     shares of `config.curve` and at that of `chosen`.
@@ -164,7 +165,8 @@ def curves(
                 else:
                     tried, _ = reduce(replace(job, config=own), found, count, quiet, way)
                 seconds = time.perf_counter() - began
-                points.append(_point(own, tried, truth, len(cloud), seconds, tried is chosen))
+                row = _point(own, tried, truth, len(cloud), seconds)
+                points.append(row | {"y_name": measure, "chosen": tried is chosen})
     return points
 
 
@@ -190,7 +192,6 @@ def _point(
     truth: quality.Truth,
     num: int,
     seconds: float,
-    chosen: bool,
 ) -> dict[str, Any]:
     found = quality.compare(tried, truth)
     return {
@@ -200,10 +201,8 @@ def _point(
         "x_name": "splats kept",
         "x_unit": "%",
         "y": found.psnr,
-        "y_name": "PSNR",
         "y_unit": "dB",
         "worst": found.worst,
         "count": len(tried),
         "seconds": seconds,
-        "chosen": chosen,
     }

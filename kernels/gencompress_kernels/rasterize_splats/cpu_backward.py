@@ -211,12 +211,6 @@ def _blend_backward(records, order, offsets, pairs, width, height, planes, slots
         slots[end : offsets[tile + 1]] = f32(0.0)
 
 
-@jit.inline
-def _add_product(total, a, b):
-    for x in range(TILE):
-        total[x] += a[x] * b[x]
-
-
 @jit.parallel
 def _sum_by_splat(pairs, slots, cuts, sums):
     """A task owns a range of splats and adds their slots in list order."""
