@@ -152,6 +152,8 @@ def fit(
     """Make a model from posed photos, with the pruning inside the training. Resumes if stopped."""
     plan = _plan("fit", method, target, recipe, {"seed": seed, "device": device})
     _set_budget(plan, keep or plan.get("budget", "100%"))
+    if keep is not None and parse_budget(keep).relative and parse_budget(keep).amount != 1:
+        raise RecipeError(f"--keep {keep}: a share of what? give a number of splats, or bytes")
     _deliver(
         _recipe(plan, {"steps": steps}, settings), out, dry_run, strict, overwrite, as_json, quiet
     )

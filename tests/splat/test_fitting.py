@@ -236,6 +236,8 @@ def test_as_a_user(photos, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["ball.ply"]
     done = CliRunner().invoke(app, [*arguments, "--dry-run", "--json"])
     assert json.loads(done.stdout)["photos"] == 7
+    done = CliRunner().invoke(app, [*arguments, "--keep", "40%", "--out", "art"])
+    assert isinstance(done.exception, RecipeError) and "a share of what" in str(done.exception)
     done = CliRunner().invoke(app, [*arguments, "--out", "art"])
     assert done.exit_code == 0, done.output
     assert read_artifact("art").manifest["recipe"]["verb"] == "fit"
