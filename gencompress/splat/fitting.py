@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import math
-import statistics
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -246,13 +245,7 @@ def measure(before: SplatCloud, after: SplatCloud, data: Capture) -> list[Measur
         Measurement("splats", None, len(after), "splats", "lower"),
         Measurement("PSNR", None, found.psnr, "dB", "higher", many, found.psnr_spread),
         Measurement("PSNR, worst view", None, found.worst, "dB", "higher", many),
-        *(
-            Measurement(
-                name, None, statistics.fmean(values), "", "higher" if name == "SSIM" else "lower",
-                many, statistics.stdev(values) if many > 1 else None,
-            )
-            for name, values in quality.similarity(after, truth).items()
-        ),
+        *quality.similarity_rows(after, truth),
         Measurement(
             "render time", None, timing.median, "s", "lower", timing.repeats, timing.spread
         ),

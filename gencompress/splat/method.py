@@ -8,7 +8,6 @@ from a rig around the scene or from the cameras of a capture; those that measure
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -234,13 +233,7 @@ def measure(before: SplatCloud, after: SplatCloud, data: Views) -> list[Measurem
         Measurement("splats", len(before), len(after), "splats", "lower"),
         Measurement("PSNR", None, found.psnr, "dB", "higher", 2 * many, found.psnr_spread),
         Measurement("PSNR, worst view", None, found.worst, "dB", "higher", 2 * many),
-        *(
-            Measurement(
-                name, None, statistics.fmean(values), "", "higher" if name == "SSIM" else "lower",
-                many, statistics.stdev(values) if many > 1 else None,
-            )
-            for name, values in quality.similarity(after, truth).items()
-        ),
+        *quality.similarity_rows(after, truth),
         *by_photo,
         Measurement(
             "render time", times[0].median, times[1].median, "s", "lower",

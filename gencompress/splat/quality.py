@@ -106,6 +106,17 @@ def photo_rows(before: SplatCloud, after: SplatCloud, photos: Sequence[Photo]) -
     ]  # fmt: skip
 
 
+def similarity_rows(cloud: SplatCloud, truth: Truth) -> list[Measurement]:
+    """SSIM, and LPIPS where it is installed, as rows of a report."""
+    return [
+        Measurement(
+            name, None, statistics.fmean(values), "", "higher" if name == "SSIM" else "lower",
+            len(values), statistics.stdev(values) if len(values) > 1 else None,
+        )
+        for name, values in similarity(cloud, truth).items()
+    ]  # fmt: skip
+
+
 def picture(cloud: SplatCloud, camera: Camera, level: float = 0.0) -> Tensor:
     """[H, W, 3] in [0, 1] over a grey background."""
     background = torch.full((3,), level)

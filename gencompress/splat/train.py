@@ -26,6 +26,7 @@ from gencompress.splat.score import look
 from gencompress.splat.state import State, start, to_cloud
 from gencompress.views.camera import Camera
 from gencompress.views.fit import Checkpoint, Log, Progress, fit, quiet, view_order
+from gencompress.views.images import unit
 from gencompress.views.photos import Photo
 
 BACKGROUNDS = ("black", "white", "random")
@@ -86,7 +87,7 @@ def from_photo(photo: Photo) -> Target:
     """A photo as a target; its alpha multiplied into the colours."""
     if photo.alpha is None:
         return Target(photo.camera, photo.color)
-    color, alpha = _unit(photo.color), _unit(photo.alpha)
+    color, alpha = unit(photo.color), unit(photo.alpha)
     return Target(photo.camera, color * alpha[..., None], alpha)
 
 
@@ -228,7 +229,7 @@ def _check(state: State, targets: Sequence[Target], training: Training) -> None:
 
 def _bands(state: State, training: Training) -> int:
     """Harmonics in use at this step."""
-    highest = {1: 0, 4: 1, 9: 2, 16: 3}[state.parameters["sh"].shape[1]]
+    highest = math.isqrt(state.parameters["sh"].shape[1]) - 1
     if training.ramp:
         every = max(1, round(1000 * training.steps / FULL_RUN))
         highest = min(highest, state.step // every)
@@ -261,9 +262,9 @@ def _loss(
         drawn = rasterize_surfels(**splats, **view, **options)
     else:
         drawn = rasterize_splats(**splats, **view, **options, antialiased=state.antialiased)
-    wanted = _unit(target.colors)
+    wanted = unit(target.colors)
     if target.alphas is not None:
-        wanted = wanted + (1 - _unit(target.alphas))[..., None] * background
+        wanted = wanted + (1 - unit(target.alphas))[..., None] * background
     picture = drawn.colors[0]
     terms = {"l1": (picture - wanted).abs().mean()}
     loss = (1 - training.ssim) * terms["l1"]
@@ -271,7 +272,7 @@ def _loss(
         terms["ssim"] = ssim(picture, wanted)
         loss = loss + training.ssim * (1 - terms["ssim"])
     if training.alpha and target.alphas is not None:
-        terms["alpha"] = (drawn.alphas[0] - _unit(target.alphas)).abs().mean()
+        terms["alpha"] = (drawn.alphas[0] - unit(target.alphas)).abs().mean()
         loss = loss + training.alpha * terms["alpha"]
     if training.depth and target.depths is not None:
         known = target.depths > 0
@@ -296,10 +297,6 @@ def _background(training: Training, generator: torch.Generator) -> Tensor:
     if training.background == "random":
         return torch.rand(3, generator=generator)
     return torch.full((3,), 1.0 if training.background == "white" else 0.0)
-
-
-def _unit(values: Tensor) -> Tensor:
-    return values.float() / 255 if values.dtype == torch.uint8 else values
 
 
 def _expected(depths: Tensor, alphas: Tensor) -> Tensor:

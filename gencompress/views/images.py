@@ -46,6 +46,11 @@ def read_image(camera: Camera, background: Sequence[float] | None = None) -> Ten
     return colour * alpha + torch.tensor(background, dtype=torch.float32) * (1 - alpha)
 
 
+def unit(values: Tensor) -> Tensor:
+    """Pixels as float32 in [0, 1]: uint8 divided by 255, floats as they are."""
+    return values.float() / 255 if values.dtype == torch.uint8 else values
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height from the header alone."""
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from gencompress.files import FormatError
 from gencompress.views.camera import Camera
 from gencompress.views.fit import Progress, quiet
-from gencompress.views.images import image_size, read_image
+from gencompress.views.images import image_size, read_image, unit
 from gencompress.views.loaders import load_split
 from gencompress.views.undistort import pinhole, resample
 
@@ -92,20 +92,16 @@ def load_capture(
 
 def wanted(photo: Photo, background: Sequence[float] | Tensor) -> Tensor:
     """[H, W, 3] float32 in [0, 1]: the photo over a background of three numbers in [0, 1]."""
-    color = _unit(photo.color)
+    color = unit(photo.color)
     if photo.alpha is None:
         return color
-    alpha = _unit(photo.alpha)[..., None]
+    alpha = unit(photo.alpha)[..., None]
     return color * alpha + torch.as_tensor(background, dtype=torch.float32) * (1 - alpha)
 
 
 def coverage(photo: Photo) -> Tensor | None:
     """[H, W] float32, 1 where the photo counts and 0 outside; None where it has no alpha."""
-    return None if photo.alpha is None else _unit(photo.alpha)
-
-
-def _unit(values: Tensor) -> Tensor:
-    return values.float() / 255 if values.dtype == torch.uint8 else values
+    return None if photo.alpha is None else unit(photo.alpha)
 
 
 def _check_photo(camera: Camera) -> None:

@@ -1,4 +1,4 @@
-"""The backend under test. The op is the one the test file is named after."""
+"""The backend under test. The op is the one the test file is named after, or its `OP`."""
 
 import pytest
 from gencompress_kernels import dispatch
@@ -7,7 +7,7 @@ from gencompress_kernels import dispatch
 @pytest.fixture(params=dispatch.BACKENDS)
 def backend(request) -> str:
     """Each backend of the op in turn; one that cannot run skips with its reason."""
-    op = request.path.stem.removeprefix("test_")
+    op = getattr(request.module, "OP", request.path.stem.removeprefix("test_"))
     reason = dispatch.why_not(op, request.param, _device(request.param))
     if reason:
         pytest.skip(f"{op} on {request.param}: {reason}")

@@ -1,36 +1,16 @@
 """Gradients of rasterize_splats: gradcheck of the reference, and every backend against it."""
 
-import importlib.util
-from pathlib import Path
-
 import numba
 import pytest
 import torch
-from gencompress_kernels import dispatch
 from gencompress_kernels.rasterize_splats import rasterize_splats
 from numerics import assert_as_accurate, flatten, raw_alphas
+from raster_samples import camera, make_scene, one_splat, to
 
-_spec = importlib.util.spec_from_file_location(
-    "rasterize_samples", Path(__file__).with_name("test_rasterize_splats.py")
-)
-samples = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(samples)
-make_scene, camera, one_splat, to = (
-    samples.make_scene, samples.camera, samples.one_splat, samples.to,
-)  # fmt: skip
-
+OP = "rasterize_splats"  # of the `backend` fixture
 OUTPUTS = ("colors", "alphas", "depths")
 # absolute, as a share of the largest gradient of the input
 FLOOR = 2e-6
-
-
-@pytest.fixture(params=dispatch.BACKENDS)
-def backend(request):
-    device = "cuda" if request.param in ("cuda", "triton") else "cpu"
-    reason = dispatch.why_not("rasterize_splats", request.param, device)
-    if reason:
-        pytest.skip(f"rasterize_splats on {request.param}: {reason}")
-    return request.param
 
 
 def gradients(scene, cam, kind, backend, *, mask=None, **options):

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 from gencompress_kernels import dispatch
+from gencompress_kernels.rasterize_splats.inputs import (
+    check_inputs,
+    check_tensor,
+    joined,
+    stacked,
+    summed,
+)
 from gencompress_kernels.rasterize_splats.reference import Incoming, Shot
 
 
@@ -61,12 +68,12 @@ def rasterize_splats(
         ValueError: shapes or dtypes do not fit, or an input is not finite.
         BackendUnavailable: the backend that was asked for cannot run here.
     """
-    _check(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height)
+    check_inputs(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height)
     if background is None:
         background = means.new_zeros(3)
-    _check_shape("background", background, (3,), means)
+    check_tensor("background", background, (3,), means)
     if probe is not None:
-        _check_shape("probe", probe, (len(viewmats), len(means), 4), means)
+        check_tensor("probe", probe, (len(viewmats), len(means), 4), means)
     outputs = _rasterize(
         means, quats, scales, opacities, sh, viewmats, intrinsics, background, probe,
         width, height, antialiased, statistics,
@@ -98,7 +105,7 @@ def splat_removal_errors(
     that were hidden behind it stay hidden. Colours are not clamped at 1. Inputs, dtypes and errors
     as `rasterize_splats`.
     """
-    _check(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height)
+    check_inputs(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height)
     return _removal_errors(
         means, quats, scales, opacities, sh, viewmats, intrinsics,
         width, height, antialiased, backend or "",
@@ -132,9 +139,9 @@ def splat_corrections(
     if alphas.ndim != 3:
         raise ValueError(f"alphas: got {tuple(alphas.shape)}, expected (C, H, W)")
     cameras, height, width = alphas.shape
-    _check(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height)
-    _check_shape("alphas", alphas, (viewmats.shape[0], height, width), means)
-    _check_shape("colors", colors, (cameras, height, width, 3), means)
+    check_inputs(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height)
+    check_tensor("alphas", alphas, (viewmats.shape[0], height, width), means)
+    check_tensor("colors", colors, (cameras, height, width, 3), means)
     return _corrections(
         means, quats, scales, opacities, sh, viewmats, intrinsics, colors, alphas, antialiased,
         backend or "",
@@ -164,9 +171,7 @@ def _rasterize(
         means, quats, scales, opacities, sh, viewmats, intrinsics, width, height, antialiased
     )
     drawn = list(zip(*(run(s, background.contiguous(), statistics) for s in shots), strict=True))
-    if len(shots) == 1:  # nothing to copy together
-        return (*(one[None] for (one,) in drawn[:4]), *(one for (one,) in drawn[4:]))
-    return (*(torch.stack(many) for many in drawn[:4]), *(torch.cat(many) for many in drawn[4:]))
+    return (*map(stacked, drawn[:4]), *map(joined, drawn[4:]))
 
 
 @_rasterize.register_fake
@@ -217,8 +222,7 @@ def _gradients(
         for shot, image, some in zip(shots, images, kept, strict=True)
     ]
     columns = list(zip(*found, strict=True))
-    summed = (many[0] if cameras == 1 else torch.stack(many).sum(0) for many in columns[:5])
-    return *summed, torch.stack(columns[5]), torch.stack(columns[6])
+    return *map(summed, columns[:5]), *map(stacked, columns[5:])
 
 
 _rasterize_backward = torch.library.custom_op(
@@ -340,47 +344,3 @@ def _shots(
     splats = [t.contiguous() for t in (means, quats, scales, opacities, sh)]
     cameras = zip(viewmats.contiguous(), intrinsics.contiguous(), strict=True)
     return [Shot(*splats, view, lens, width, height, antialiased) for view, lens in cameras]
-
-
-def _check(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor,
-    viewmats: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-) -> None:
-    num, cameras = means.shape[0], viewmats.shape[0]
-    bands = sh.shape[1] if sh.ndim == 3 else -1
-    if bands not in (1, 4, 9, 16):
-        raise ValueError(f"sh: got {tuple(sh.shape)}, expected ({num}, 1|4|9|16, 3)")
-    if cameras == 0:
-        raise ValueError("viewmats: no camera")
-    if not (1 <= width <= 32768 and 1 <= height <= 32768):
-        raise ValueError(f"picture of {width} x {height} px, expected 1 to 32768 each way")
-    for name, tensor, shape in (
-        ("means", means, (num, 3)),
-        ("quats", quats, (num, 4)),
-        ("scales", scales, (num, 3)),
-        ("opacities", opacities, (num,)),
-        ("sh", sh, (num, bands, 3)),
-        ("viewmats", viewmats, (cameras, 4, 4)),
-        ("intrinsics", intrinsics, (cameras, 3, 3)),
-    ):
-        _check_shape(name, tensor, shape, means)
-    if not bool((intrinsics.diagonal(dim1=1, dim2=2)[:, :2] > 0).all()):
-        raise ValueError("intrinsics: a focal length is not above 0")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: got {tuple(tensor.shape)}, expected {shape}")
-    if tensor.dtype != like.dtype or tensor.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name}: got {tensor.dtype}, expected float32 (as all inputs)")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, means on {like.device}")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name}: has values that are not finite")

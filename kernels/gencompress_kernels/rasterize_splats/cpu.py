@@ -114,11 +114,17 @@ def project(shot: Shot) -> np.ndarray:
     if shot.means.dtype != torch.float32:
         raise ValueError(f"the cpu backend takes float32, got {shot.means.dtype}")
     records = np.zeros((shot.means.shape[0], RECORD), f32)
-    rotation, translation = shot.viewmat[:3, :3].double(), shot.viewmat[:3, 3].double()
-    position = (-rotation.T @ translation).float().numpy()
     splats = (tensor.numpy() for tensor in shot[:7])
-    _project(*splats, position, shot.width, shot.height, shot.antialiased, records)
+    _project(
+        *splats, camera_place(shot.viewmat), shot.width, shot.height, shot.antialiased, records
+    )
     return records
+
+
+def camera_place(viewmat: Tensor) -> np.ndarray:
+    """float32 [3]: the centre of the camera in the world, -R^T t."""
+    rotation, translation = viewmat[:3, :3].double(), viewmat[:3, 3].double()
+    return (-rotation.T @ translation).float().numpy()
 
 
 def tile_lists(

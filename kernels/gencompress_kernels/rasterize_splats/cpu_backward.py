@@ -35,7 +35,7 @@ from gencompress_kernels.rasterize_splats.cpu import (
     X,
     f32,
 )
-from gencompress_kernels.rasterize_splats.cpu_harmonics import direction_slope, sh_basis
+from gencompress_kernels.rasterize_splats.cpu_harmonics import sh_backward
 from gencompress_kernels.rasterize_splats.reference import (
     BLUR,
     FRUSTUM_MARGIN,
@@ -69,8 +69,7 @@ def backward(
     sums = np.zeros((len(records), SUMS_ABSOLUTE), f32)
     cuts = np.linspace(0, len(records), numba.get_num_threads() + 1).astype(np.int64)
     _sum_by_splat(pairs, slots, cuts, sums)
-    rotation, translation = shot.viewmat[:3, :3].double(), shot.viewmat[:3, 3].double()
-    position = (-rotation.T @ translation).float().numpy()
+    position = cpu.camera_place(shot.viewmat)
     splats = [tensor.numpy() for tensor in shot[:7]]
     outputs = [np.zeros(tensor.shape, f32) for tensor in splats[:5]]
     probe = np.zeros((len(records), 4), f32)
@@ -78,15 +77,21 @@ def backward(
     _project_backward(
         *splats, position, width, height, shot.antialiased, records, sums, *outputs, probe, pose
     )
-    view = np.zeros((4, 4), f32)
-    if poses:
-        total = pose.sum(0, dtype=np.float64)
-        view[:3, :4] = total[:12].reshape(3, 4)
-        # the camera's place -R^T t turns the harmonics
-        turn, move = rotation.numpy(), translation.numpy()
-        view[:3, :3] -= np.outer(move, total[12:])
-        view[:3, 3] -= turn @ total[12:]
+    view = _view_slope(shot.viewmat, pose)
     return Gradients(*(torch.from_numpy(a) for a in (*outputs, view, probe)))
+
+
+def _view_slope(viewmat: Tensor, pose: np.ndarray) -> np.ndarray:
+    """float32 [4, 4]: the gradient by the view matrix from what `_project_backward` collected a
+    splat, [N, 15]; 0 where N is 0."""
+    total = pose.sum(0, dtype=np.float64)
+    view = np.zeros((4, 4), f32)
+    view[:3, :4] = total[:12].reshape(3, 4)
+    # the camera's place -R^T t turns the harmonics
+    turn, move = viewmat[:3, :3].double().numpy(), viewmat[:3, 3].double().numpy()
+    view[:3, :3] -= np.outer(move, total[12:])
+    view[:3, 3] -= turn @ total[12:]
+    return view
 
 
 @jit.parallel
@@ -349,22 +354,12 @@ def _project_backward(
             )
 
             # colour: harmonics, and the direction they are seen along
-            dx, dy, dz = mx - position[0], my - position[1], mz - position[2]
-            length = max(math.sqrt(dx * dx + dy * dy + dz * dz), f32(1e-12))
-            dx, dy, dz = dx / length, dy / length, dz / length
             for k in range(3):
                 color[k] = s[G_RED + k] if r[RED + k] > f32(0.0) else f32(0.0)
-            sh_basis(dx, dy, dz, bands, basis)
-            for j in range(bands):
-                slope[j] = f32(0.0)
-                for k in range(3):
-                    d_sh[n, j, k] = basis[j] * color[k]
-                    slope[j] += sh[n, j, k] * color[k]
-            w_x, w_y, w_z = direction_slope(dx, dy, dz, bands, slope)
-            inward = w_x * dx + w_y * dy + w_z * dz
-            w_x = (w_x - inward * dx) / length
-            w_y = (w_y - inward * dy) / length
-            w_z = (w_z - inward * dz) / length
+            w_x, w_y, w_z = sh_backward(
+                sh[n], color, mx - position[0], my - position[1], mz - position[2], bands, basis,
+                slope, d_sh[n],
+            )  # fmt: skip
             d_means[n, 0] = view[0, 0] * t_x + view[1, 0] * t_y + view[2, 0] * t_z + w_x
             d_means[n, 1] = view[0, 1] * t_x + view[1, 1] * t_y + view[2, 1] * t_z + w_y
             d_means[n, 2] = view[0, 2] * t_x + view[1, 2] * t_y + view[2, 2] * t_z + w_z

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from gencompress_kernels import jit
@@ -105,3 +107,20 @@ def direction_slope(x, y, z, bands, v):
             + e * (xx - yy) * v[14]
         )
     return gx, gy, gz
+
+
+@jit.inline
+def sh_backward(sh, color, x, y, z, bands, basis, slope, d_sh):
+    """Takes the gradient by a colour, [3], to the coefficients, `d_sh`, and to (x, y, z), the way
+    from the camera to the splat, which is returned. `basis` and `slope` [16] are scratch."""
+    length = max(math.sqrt(x * x + y * y + z * z), f32(1e-12))
+    x, y, z = x / length, y / length, z / length
+    sh_basis(x, y, z, bands, basis)
+    for j in range(bands):
+        slope[j] = f32(0.0)
+        for k in range(3):
+            d_sh[j, k] = basis[j] * color[k]
+            slope[j] += sh[j, k] * color[k]
+    w_x, w_y, w_z = direction_slope(x, y, z, bands, slope)
+    inward = w_x * x + w_y * y + w_z * z
+    return (w_x - inward * x) / length, (w_y - inward * y) / length, (w_z - inward * z) / length

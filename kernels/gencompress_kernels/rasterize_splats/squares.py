@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gencompress_kernels import dispatch
-from gencompress_kernels.rasterize_splats import _check, _shots
+from gencompress_kernels.rasterize_splats import _shots
+from gencompress_kernels.rasterize_splats.inputs import check_inputs
 
 SCREEN = 6  # centre x, centre y, conic a, b, c, effective opacity
 NUM_PLAIN = 2
@@ -51,7 +52,7 @@ def splat_squared_gradients(
     Which splats a pixel blends, and in which order, counts as fixed. Inputs, dtypes and errors as
     `rasterize_splats`.
     """
-    _check(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height)
+    check_inputs(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height)
     return _squared_gradients(
         means, quats, scales, opacities, sh, viewmats, intrinsics,
         width, height, fisher, antialiased, backend or "",

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 from gencompress_kernels import dispatch
+from gencompress_kernels.rasterize_splats.inputs import (
+    check_inputs,
+    check_tensor,
+    joined,
+    stacked,
+    summed,
+)
 from gencompress_kernels.rasterize_surfels.reference import Pictures, Shot
 
 
@@ -67,12 +74,12 @@ def rasterize_surfels(
         ValueError: shapes or dtypes do not fit, or an input is not finite.
         BackendUnavailable: the backend that was asked for cannot run here.
     """
-    _check(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height)
+    check_inputs(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height, axes=2)
     if background is None:
         background = means.new_zeros(3)
-    _check_tensor("background", background, (3,), means)
+    check_tensor("background", background, (3,), means)
     if probe is not None:
-        _check_tensor("probe", probe, (len(viewmats), len(means), 4), means)
+        check_tensor("probe", probe, (len(viewmats), len(means), 4), means)
     outputs = _rasterize(
         means, quats, scales, opacities, sh, viewmats, intrinsics, background, probe,
         width, height, statistics, dispatch.choose("rasterize_surfels", means.device, backend),
@@ -105,9 +112,9 @@ def _rasterize(
     pictures = zip(*(one.pictures for one in drawn), strict=True)
     saved = zip(*(one[2:] for one in drawn), strict=True)
     return (
-        *(torch.stack(many) for many in pictures),
-        torch.stack([one.statistics for one in drawn]),
-        *(torch.cat(many) for many in saved),
+        *map(stacked, pictures),
+        stacked([one.statistics for one in drawn]),
+        *map(joined, saved),
     )
 
 
@@ -164,8 +171,7 @@ def _gradients(
             ]
         found.append(run(shot, background, drawn, Pictures(*slopes), kept, absolute, poses))
     columns = list(zip(*found, strict=True))
-    summed = (many[0] if cameras == 1 else torch.stack(many).sum(0) for many in columns[:5])
-    return *summed, torch.stack(columns[5]), torch.stack(columns[6])
+    return *map(summed, columns[:5]), *map(stacked, columns[5:])
 
 
 _rasterize_backward = torch.library.custom_op(
@@ -224,47 +230,3 @@ def _shots(
     surfels = [t.detach().contiguous() for t in (means, quats, scales, opacities, sh)]
     cameras = zip(viewmats.detach().contiguous(), intrinsics.contiguous(), strict=True)
     return [Shot(*surfels, view, lens, width, height) for view, lens in cameras]
-
-
-def _check(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    sh: Tensor,
-    viewmats: Tensor,
-    intrinsics: Tensor,
-    width: int,
-    height: int,
-) -> None:
-    num, cameras = means.shape[0], viewmats.shape[0]
-    bands = sh.shape[1] if sh.ndim == 3 else -1
-    if bands not in (1, 4, 9, 16):
-        raise ValueError(f"sh: got {tuple(sh.shape)}, expected ({num}, 1|4|9|16, 3)")
-    if cameras == 0:
-        raise ValueError("viewmats: no camera")
-    if not (1 <= width <= 32768 and 1 <= height <= 32768):
-        raise ValueError(f"picture of {width} x {height} px, expected 1 to 32768 each way")
-    for name, tensor, shape in (
-        ("means", means, (num, 3)),
-        ("quats", quats, (num, 4)),
-        ("scales", scales, (num, 2)),
-        ("opacities", opacities, (num,)),
-        ("sh", sh, (num, bands, 3)),
-        ("viewmats", viewmats, (cameras, 4, 4)),
-        ("intrinsics", intrinsics, (cameras, 3, 3)),
-    ):
-        _check_tensor(name, tensor, shape, means)
-    if not bool((intrinsics.diagonal(dim1=1, dim2=2)[:, :2] > 0).all()):
-        raise ValueError("intrinsics: a focal length is not above 0")
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: got {tuple(tensor.shape)}, expected {shape}")
-    if tensor.dtype != like.dtype or tensor.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name}: got {tensor.dtype}, expected float32 (as all inputs)")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, means on {like.device}")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name}: has values that are not finite")

@@ -26,8 +26,12 @@ from torch import Tensor
 
 from gencompress_kernels import jit
 from gencompress_kernels.rasterize_splats.cpu import _deal
-from gencompress_kernels.rasterize_splats.cpu_backward import _quaternion_slope, _sum_by_splat
-from gencompress_kernels.rasterize_splats.cpu_harmonics import direction_slope, sh_basis
+from gencompress_kernels.rasterize_splats.cpu_backward import (
+    _quaternion_slope,
+    _sum_by_splat,
+    _view_slope,
+)
+from gencompress_kernels.rasterize_splats.cpu_harmonics import sh_backward
 from gencompress_kernels.rasterize_surfels.cpu import (
     ALPHAS,
     DEPTHS,
@@ -116,15 +120,8 @@ def backward(
     outputs = [np.zeros(tensor.shape, f32) for tensor in surfels[:5]]
     probe = np.zeros((len(records), 4), f32)
     pose = np.zeros((len(records) if poses else 0, 15), f32)
-    _project_backward(*surfels, camera_place(shot), records, sums, *outputs, probe, pose)
-    view = np.zeros((4, 4), f32)
-    if poses:
-        total = pose.sum(0, dtype=np.float64)
-        turn, move = (t.double().numpy() for t in (shot.viewmat[:3, :3], shot.viewmat[:3, 3]))
-        view[:3, :4] = total[:12].reshape(3, 4)
-        # the camera's place -R^T t turns the harmonics
-        view[:3, :3] -= np.outer(move, total[12:])
-        view[:3, 3] -= turn @ total[12:]
+    _project_backward(*surfels, camera_place(shot.viewmat), records, sums, *outputs, probe, pose)
+    view = _view_slope(shot.viewmat, pose)
     return Gradients(*(torch.from_numpy(a) for a in (*outputs, view, probe)))
 
 
@@ -414,22 +411,12 @@ def _project_backward(
             _quaternion_slope(d_turn, qw, qx, qy, qz, norm, d_quats[n])
 
             # colour: harmonics, and the direction they are seen along
-            dx, dy, dz = mx - position[0], my - position[1], mz - position[2]
-            length = max(math.sqrt(dx * dx + dy * dy + dz * dz), f32(1e-12))
-            dx, dy, dz = dx / length, dy / length, dz / length
             for k in range(3):
                 color[k] = s[G_RED + k] if r[RED + k] > f32(0.0) else f32(0.0)
-            sh_basis(dx, dy, dz, bands, basis)
-            for j in range(bands):
-                slope[j] = f32(0.0)
-                for k in range(3):
-                    d_sh[n, j, k] = basis[j] * color[k]
-                    slope[j] += sh[n, j, k] * color[k]
-            w_x, w_y, w_z = direction_slope(dx, dy, dz, bands, slope)
-            inward = w_x * dx + w_y * dy + w_z * dz
-            w_x = (w_x - inward * dx) / length
-            w_y = (w_y - inward * dy) / length
-            w_z = (w_z - inward * dz) / length
+            w_x, w_y, w_z = sh_backward(
+                sh[n], color, mx - position[0], my - position[1], mz - position[2], bands, basis,
+                slope, d_sh[n],
+            )  # fmt: skip
             d_means[n, 0] = view[0, 0] * t_x + view[1, 0] * t_y + view[2, 0] * t_z + w_x
             d_means[n, 1] = view[0, 1] * t_x + view[1, 1] * t_y + view[2, 1] * t_z + w_y
             d_means[n, 2] = view[0, 2] * t_x + view[1, 2] * t_y + view[2, 2] * t_z + w_z

@@ -21,6 +21,7 @@ from gencompress_kernels.rasterize_splats.cpu import (
     TILE,
     _deal,
     _sort_by_depth,
+    camera_place,
     f32,
 )
 from gencompress_kernels.rasterize_splats.cpu_harmonics import sh_color
@@ -55,14 +56,8 @@ def project(shot: Shot) -> tuple[np.ndarray, np.ndarray]:
     records = np.zeros((shot.means.shape[0], RECORD), f32)
     boxes = np.zeros((shot.means.shape[0], 8), f32)
     surfels = (tensor.numpy() for tensor in shot[:7])
-    _project(*surfels, camera_place(shot), shot.width, shot.height, records, boxes)
+    _project(*surfels, camera_place(shot.viewmat), shot.width, shot.height, records, boxes)
     return records, boxes
-
-
-def camera_place(shot: Shot) -> np.ndarray:
-    """Where directions of sight start: -R^T t, float32 [3]."""
-    rotation, translation = shot.viewmat[:3, :3].double(), shot.viewmat[:3, 3].double()
-    return (-rotation.T @ translation).float().numpy()
 
 
 def tile_lists(
