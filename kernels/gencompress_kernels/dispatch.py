@@ -27,6 +27,7 @@ OPS = (
     "merge_splats",
     "rasterize_splats",
     "rasterize_surfels",
+    "rasterize_triangles",
     "select",
     "ssim",
 )
