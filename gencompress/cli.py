@@ -31,6 +31,7 @@ from gencompress.recipe import (
     shipped_recipes,
     to_dict,
 )
+from gencompress.report import text
 
 app = typer.Typer(
     add_completion=False,
@@ -49,6 +50,7 @@ Strict = Annotated[bool, typer.Option("--strict", help="Refuse files with values
 Out = Annotated[Path | None, typer.Option(help="Artifact folder, or a model file.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe file, or a shipped one.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="name=value")]
+DataFiles = Annotated[list[str] | None, typer.Option("--data", help="name=path, say truth=FILE")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Of every random choice.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Predict the size only.")]
@@ -90,12 +92,16 @@ def demo(
         check_method(name)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: exists already; choose another --out or --overwrite")
-    recipes = {name: read_recipe(shipped_recipes()[f"{name}-demo"]) for name in names}
+    recipes = {
+        file.removesuffix("-demo"): read_recipe(path)
+        for file, path in shipped_recipes().items()
+        if file.endswith("-demo") and file.split("-")[0] in names
+    }
     out.mkdir(parents=True, exist_ok=True)
     folders = []
-    for name in names:
+    for name, recipe in recipes.items():
         with _progress(name, quiet) as say:
-            folders.append(run(recipes[name], out / name, overwrite=overwrite, progress=say).folder)
+            folders.append(run(recipe, out / name, overwrite=overwrite, progress=say).folder)
     page = write_report(folders, out, title="gencompress demo", overwrite=overwrite)
     for folder in folders:
         _show(read_artifact(folder))
@@ -111,6 +117,7 @@ def compress(
     min_psnr: Annotated[float, typer.Option(help="Smallest result that holds it, dB.")] = 0.0,
     finetune: Annotated[int | None, typer.Option(help="Steps of training afterwards.")] = None,
     views: Annotated[str | None, typer.Option(help="Capture whose cameras to use.")] = None,
+    data: DataFiles = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
     seed: Seed = None,
@@ -126,19 +133,19 @@ def compress(
     if keep is not None and min_psnr:
         raise RecipeError("--keep and --min-psnr: give one of them")
     _set_budget(plan, "100%" if min_psnr else keep)
-    if views is not None:
-        plan["data"] = {**plan.get("data", {}), "views": views}
+    _set_data(plan, [*(data or []), *([f"views={views}"] if views is not None else [])])
     given = {"min_psnr": float(min_psnr) or None, "finetune": finetune}
     _deliver(_recipe(plan, given, settings), out, dry_run, strict, overwrite, as_json, quiet)
 
 
 @app.command()
 def fit(
-    method: Annotated[str, typer.Argument(help="Method: splat.")],
+    method: Annotated[str, typer.Argument(help="Method: splat or mesh.")],
     target: Annotated[str | None, typer.Argument(help="Folder of a capture.")] = None,
     out: Out = None,
     keep: Annotated[str | None, typer.Option(help="Most splats or bytes: 50k, 3MB")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
+    data: DataFiles = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
     seed: Seed = None,
@@ -151,6 +158,7 @@ def fit(
 ) -> None:
     """Make a model from posed photos, with the pruning inside the training. Resumes if stopped."""
     plan = _plan("fit", method, target, recipe, {"seed": seed, "device": device})
+    _set_data(plan, data or [])
     _set_budget(plan, keep or plan.get("budget", "100%"))
     if keep is not None and parse_budget(keep).relative and parse_budget(keep).amount != 1:
         raise RecipeError(f"--keep {keep}: a share of what? give a number of splats, or bytes")
@@ -184,11 +192,11 @@ def info(path: str, as_json: Json = False) -> None:
 
 @app.command()
 def convert(source: str, out: Path, strict: Strict = False, overwrite: Overwrite = False) -> None:
-    """Change the format: .ply, .compressed.ply, .splat, .spz, .sog; or an artifact's model out."""
+    """Change the format of splats or of a mesh, by suffix; or take an artifact's model out."""
     from gencompress import run
 
     count = run.convert(source, out, strict=strict, overwrite=overwrite)
-    out_console.print(f"{out}: {count:,} splats", **PLAIN)
+    out_console.print(f"{out}: {count}", **PLAIN)
 
 
 @app.command()
@@ -286,14 +294,22 @@ def _plan(
 
 
 def _set_budget(values: dict[str, Any], keep: Any) -> None:
+    from gencompress.run import KEEP
+
     if isinstance(keep, str):
         try:
             parse_budget(keep)
         except ValueError as problem:
             raise RecipeError(f"--keep: {problem}") from None
-    if keep is not None:
-        values["budget"] = keep
-    values.setdefault("budget", "50%")
+    values["budget"] = values.get("budget", KEEP[values["method"]]) if keep is None else keep
+
+
+def _set_data(values: dict[str, Any], given: list[str]) -> None:
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not (name and equals and path):
+            raise RecipeError(f"--data {one!r}: expected name=path")
+        values["data"] = {**values.get("data", {}), name: path}
 
 
 def _recipe(values: dict[str, Any], given: dict[str, Any], settings: list[str] | None) -> Recipe:
@@ -422,15 +438,7 @@ def _print_values(values: dict[str, Any], as_json: bool) -> None:
 
 
 def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return ""
-    if unit == "B":
-        return f"{value / 1e6:.2f} MB"
-    if unit == "s" and value < 1:
-        return f"{1000 * value:.1f} ms"
-    if float(value).is_integer():
-        return f"{value:,.0f} {unit}"
-    return f"{value:.3f} {unit}" if value < 1 else f"{value:.2f} {unit}"
+    return "" if value is None else text.value(value, unit).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _verdict(old: float | None, row: Measurement) -> str:

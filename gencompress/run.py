@@ -25,11 +25,13 @@ from gencompress.artifact import (
 from gencompress.core.budget import parse_budget
 from gencompress.measure import Measurement
 from gencompress.recipe import Recipe, RecipeError, config_from, from_dict
-from gencompress.scenes import resolve
+from gencompress.scenes import companions, resolve
 
-METHODS = {"splat": "gencompress.splat"}
+METHODS = {"splat": "gencompress.splat", "mesh": "gencompress.mesh"}
 # what makes a model in the first place, offering the same names
 FITS = {"splat": "gencompress.splat.fitting"}
+# what is kept where nobody says how much: of a mesh, all that is right
+KEEP = {"splat": "50%", "mesh": "100%"}
 WORK = ".{}.work"  # beside the output: what resuming needs while a run is not finished
 
 _VERBS = {"compress": "", "fit": "fit "}
@@ -117,8 +119,8 @@ def run(
             result,
             rows,
             save_model=lambda folder: shutil.copytree(saved, folder, dirs_exist_ok=True),
-            save_preview=lambda folder: package.preview(before, after, data, folder),
-            title=title or f"{target.name}, {_VERBS[recipe.verb]}{recipe.method}",
+            save_preview=lambda folder: package.preview(before, after, result, data, folder),
+            title=title or f"{Path(recipe.target).name}, {_VERBS[recipe.verb]}{recipe.method}",
             criterion=str(getattr(config, "score", "")),
             digest=_digest(recipe),
             overwrite=overwrite,
@@ -156,7 +158,7 @@ def reopen(artifact: Artifact) -> tuple[ModuleType, Any, Any, Any]:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What a splat file, a capture, an artifact or an embedded scene holds; runs nothing."""
+    """What a model file, a capture, an artifact or an embedded scene holds; runs nothing."""
     path = resolve(path)
     if (path / "manifest.json").is_file():
         artifact = read_artifact(path)
@@ -168,12 +170,19 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "model": str(model_path(artifact)),
         }
         return about | {row.name: row.after for row in artifact.measurements}
-    from gencompress.splat.formats import describe
     from gencompress.views.loaders import colmap
 
     if path.is_dir() and (any(path.glob("transforms*.json")) or colmap.find_model(path)):
         return {"capture": str(path), **_inspect_capture(path)}
-    return {"file": str(path), **describe(path)}
+    return {"file": str(path), **_formats(path).describe(path)}
+
+
+def _formats(path: Path) -> ModuleType:
+    """The readers and writers of what a file holds: splats, or a mesh."""
+    from gencompress.mesh.formats import is_mesh
+
+    room = "mesh" if is_mesh(path) else "splat"
+    return importlib.import_module(f"gencompress.{room}.formats")
 
 
 def _inspect_capture(folder: Path) -> dict[str, Any]:
@@ -192,30 +201,34 @@ def _inspect_capture(folder: Path) -> dict[str, Any]:
     }
 
 
-def convert(source: str | Path, out: str | Path, *, strict: bool, overwrite: bool) -> int:
-    """Reads one splat format (or the model of an artifact) and writes another; returns the count
-    of splats. The suffix of `out` chooses the format."""
-    from gencompress.splat.formats import read_splats, write_splats
-
+def convert(source: str | Path, out: str | Path, *, strict: bool, overwrite: bool) -> str:
+    """Reads one format of splats or meshes (or the model of an artifact) and writes another of the
+    same kind; returns what was written, in words. The suffix of `out` chooses the format."""
     source, out = resolve(source), Path(out)
     artifact = read_artifact(source) if (source / "manifest.json").is_file() else None
     if artifact:
         source = model_path(artifact)
     if out.exists() and out.resolve() == source.resolve():
         raise FileExistsError(f"{out}: input and output are the same file")
-    if artifact:
-        cloud = method(artifact.manifest["method"]).restore(artifact.folder / "model")
+    kind = artifact.manifest["method"] if artifact else _formats(source).__name__.split(".")[1]
+    if kind == "mesh":
+        from gencompress.mesh.formats import read_mesh as read
+        from gencompress.mesh.formats import write_mesh as write
     else:
-        cloud = read_splats(source, strict=strict)
-    write_splats(out, cloud, overwrite=overwrite)
-    return len(cloud)
+        from gencompress.splat.formats import read_splats as read
+        from gencompress.splat.formats import write_splats as write
+    model = (
+        method(kind).restore(artifact.folder / "model") if artifact else read(source, strict=strict)
+    )
+    write(out, model, overwrite=overwrite)
+    return f"{len(model):,} {'faces' if kind == 'mesh' else 'splats'}"
 
 
 def compress(
     target: str | Path,
     *,
     method: str,
-    keep: str,
+    keep: str | None = None,
     out: str | Path | None = None,
     data: dict[str, str] | None = None,
     seed: int = 0,
@@ -223,10 +236,12 @@ def compress(
 ) -> Any:
     """Compresses `target` and returns the smaller model.
 
-    `keep` is the grammar of `--keep` and `settings` are fields of the method's Config. With `out`
-    the artifact is kept in that folder too.
+    `keep` is the grammar of `--keep` (None: the method's own default), `data` what `--data` takes,
+    and `settings` are fields of the method's Config. With `out` the artifact is kept there too.
     """
-    recipe = Recipe(method, str(target), parse_budget(keep), data or {}, settings, seed)
+    check_method(method)
+    budget = parse_budget(keep or KEEP[method])
+    recipe = Recipe(method, str(target), budget, data or {}, settings, seed)
     with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
         artifact = run(recipe, Path(folder) / "artifact" if out is None else out)
         return importlib.import_module(METHODS[method]).restore(artifact.folder / "model")
@@ -242,7 +257,8 @@ def _prepare(recipe: Recipe) -> tuple[ModuleType, Any, Any]:
 
 def _load(package: ModuleType, recipe: Recipe, config: Any, strict: bool) -> tuple[Any, Any]:
     target = str(resolve(recipe.target))
-    return package.load(target, recipe.data, recipe.device, recipe.dtype, config, strict)
+    data = companions(recipe.target) | {k: str(resolve(v)) for k, v in recipe.data.items()}
+    return package.load(target, data, recipe.device, recipe.dtype, config, strict)
 
 
 def _file_size(recipe: Recipe, after: Path | None) -> Measurement:

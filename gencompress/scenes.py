@@ -41,6 +41,19 @@ def resolve(target: str | Path) -> Path:
     )
 
 
+def companions(target: str | Path) -> dict[str, str]:
+    """The data that an embedded scene comes with, as paths by name: `views`, where its scene.toml
+    names a capture, and `truth`, where it names a file beside it. Empty for any other target."""
+    about = resolve(target).parent / ABOUT
+    if Path(target).exists() or not about.is_file():
+        return {}
+    values = scene(about)
+    found = {"views": str(resolve(values["views"]))} if "views" in values else {}
+    if "truth" in values:
+        found["truth"] = str(about.parent / Path(values["truth"]).name)
+    return found
+
+
 def scene(about: Path) -> dict[str, str]:
     """What a scene.toml says, `kind` in any case. Raises FormatError if its file is not beside it:
     the one it names, or the transforms.json of a capture."""

@@ -3,7 +3,10 @@
 import json
 import struct
 
+import torch
 from PIL import Image
+
+from gencompress.mesh.shade import preview_glb
 
 CPU = {"name": "AMD EPYC", "cores": 2, "kind": "cpu"}
 FIELDS = ("name", "before", "after", "unit", "better", "repeats", "spread")
@@ -39,6 +42,58 @@ FIT_ROWS = [
         ("fitting time", None, 8.37, "s", "lower", 1, None),
     )
 ]
+
+MESH_ROWS = [
+    dict(zip(FIELDS, row, strict=True))
+    for row in (
+        ("file size", 128420, 117604, "B", "lower", 1, None),
+        ("vertices", 2562, 2346, "", "lower", 1, None),
+        ("faces", 5120, 4688, "faces", "lower", 1, None),
+        ("Chamfer distance, L1", 0.0412, 0.0131, "", "lower", 1, None),
+        ("silhouette IoU, worst view", 0.741, 0.962, "", "higher", 8, None),
+        ("silhouette IoU", 0.853, 0.981, "", "higher", 8, 0.004),
+        ("F-score at 1%", 61.0, 83.5, "%", "higher", 1, None),
+        ("normal consistency", 0.88, 0.93, "", "higher", 1, None),
+        ("Euler characteristic", 2, 0, "", "lower", 1, None),
+        ("genus", 0, 0, "", "higher", 1, None),
+        ("boundary loops", 1, 5, "", "higher", 1, None),
+        ("scoring time", None, 0.61, "s", "lower", 1, None),
+    )
+]
+# A cube of edge 1 around CENTRE: the corners of its six sides, counter-clockwise from outside, and
+# their colours. The side towards -z, where the camera is, comes first: only depth keeps it there.
+CENTRE = (2.0, 1.0, -1.0)
+CUBE = [[x, y, z] for z in (-1.5, -0.5) for y in (0.5, 1.5) for x in (1.5, 2.5)]
+SIDES = [(0, 2, 3, 1), (4, 5, 7, 6), (0, 4, 6, 2), (1, 3, 7, 5), (0, 1, 5, 4), (2, 6, 7, 3)]
+COLOURS = [(250, 40, 40), (40, 250, 40), (40, 40, 250), (240, 240, 40), (40, 240, 240), (240,) * 3]
+
+
+def cube_glb(path, sides=range(6), colours=COLOURS):
+    """The cube with some of its sides, two triangles each."""
+    corners = [SIDES[i] for i in sides]
+    faces = [f for a, b, c, d in corners for f in ((a, b, c), (a, c, d))]
+    tints = torch.tensor([colours[i] for i in sides for _ in range(2)], dtype=torch.uint8)
+    preview_glb(path, torch.tensor(CUBE), torch.tensor(faces), tints, overwrite=True)
+
+
+def make_mesh(folder, **more):
+    """An artifact of the mesh method: a cube, the cube without its front, and what was removed."""
+    recipe = {"method": "mesh", "target": "cube.obj", "budget": "units", "seed": 0}
+    given = {"measurements": MESH_ROWS, "views": 2, "recipe": recipe, "title": "cube"} | more
+    make_artifact(folder, method="mesh", **given)
+    preview = folder / "preview"
+    cube_glb(preview / "before.glb")
+    cube_glb(preview / "after.glb", range(1, 6))
+    cube_glb(preview / "removed.glb", colours=[(120, 0, 40)] + [(205, 205, 202)] * 5)
+    index = json.loads((preview / "index.json").read_text())
+    for view in index["views"]:
+        view["legend"] = "blue is missing, orange lies outside"
+    labels = {"before": "original", "after": "pruned", "difference": "mask over render"}
+    index |= {"labels": labels | {"removed": "removed faces"}}
+    index["camera"] = {"eye": [2, 1, -4], "target": CENTRE, "up": [0, -1, 0], "fov_deg": 45}
+    index["scene"] = {"background": "black", "legend": "dark red was removed"}
+    (preview / "index.json").write_text(json.dumps(index))
+    return folder
 
 
 def fit_log(policy):

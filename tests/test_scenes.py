@@ -127,11 +127,14 @@ def test_command_line(tool, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "still_life" / "scene.ply").read_bytes() == written
 
     monkeypatch.setattr(tool, "still_life", lambda: read_splats(FOLDER / "scene.ply"))
-    monkeypatch.setitem(
-        tool.SCENES,
-        "still_life_photos",
-        lambda folder, overwrite: (folder / "transforms.json").write_text("{}"),
-    )
+    others = set(tool.SCENES) - {"still_life"}
+    assert others == {"still_life_photos", "chair", "chair_views", "mug", "mug_views"}
+    for name in others:
+        monkeypatch.setitem(
+            tool.SCENES,
+            name,
+            lambda folder, overwrite: (folder / "transforms.json").write_text("{}"),
+        )
     assert tool.main(["--out", str(tmp_path), "--overwrite"]) == 0
     again = (tmp_path / "still_life" / "scene.ply").read_bytes()
     assert again == (FOLDER / "scene.ply").read_bytes()

@@ -78,10 +78,13 @@ def test_a_scene_whose_file_is_gone(places):
 
 
 def test_the_real_ones_are_there():
-    assert scenes.names() == ["still_life", "still_life_photos", "still_life_trained"]
-    for name in ("still_life", "still_life_trained"):
+    files = ["chair", "mug", "still_life", "still_life_trained"]
+    folders = ["chair_views", "mug_views", "still_life_photos"]
+    assert scenes.names() == sorted(files + folders)
+    for name in files:
         assert scenes.resolve(name).suffix == ".ply"
-    assert scenes.resolve("still_life_photos").is_dir()
+    for name in folders:
+        assert scenes.resolve(name).is_dir()
 
 
 def test_what_the_photos_say_of_themselves():

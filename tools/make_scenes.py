@@ -8,9 +8,13 @@ Then comes what captures have besides: doubles, splats hidden under the surface,
 
 still_life_photos: a capture of the same still life, drawn from its surfaces; see photos_scene.py.
 
+chair, mug, chair_views, mug_views: surfaces to prune, and photos of what they should be; see
+mesh_scenes.py.
+
 scenes/still_life_trained is fitted to those photos; its scene.toml says how.
 
-World axes are COLMAP's: y points down. Lengths are world units, about a metre across the board.
+World axes of the still life are COLMAP's: y points down. Lengths are world units, about a metre
+across the board.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from light import gather_light, seen_colors, tone
+from mesh_scenes import MESH_SCENES
 from photos_scene import write_still_life_photos
 from scipy.spatial import cKDTree
 from still_life import Array, Surface, still_life_surfaces
@@ -210,7 +215,11 @@ def write_still_life(folder: Path, *, overwrite: bool) -> None:
         part.write_text(ABOUT, encoding="utf-8")
 
 
-SCENES = {"still_life": write_still_life, "still_life_photos": write_still_life_photos}
+SCENES = {
+    "still_life": write_still_life,
+    "still_life_photos": write_still_life_photos,
+    **MESH_SCENES,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

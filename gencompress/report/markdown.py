@@ -77,7 +77,7 @@ def _measurement(row: dict[str, Any]) -> list[str]:
     if moved and moved["percent"] is not None and moved["verdict"] != "same":
         shown += f" ({text.percent(moved['percent'])})"
     spread = "" if row["spread"] is None else text.value(row["spread"], row["unit"])
-    before, after = (text.value(row[key], row["unit"]) for key in ("before", "after"))
+    before, after = rows.value_of(row, "before"), rows.value_of(row, "after")
     verdict = moved["verdict"] if moved else ""
     return [row["name"], before, after, shown, verdict, spread, str(row["repeats"])]
 

@@ -35,12 +35,16 @@ def render(report: dict[str, Any], pictures: Sequence[tuple[list, dict | None, d
         lstrip_blocks=True,
     )
     environment.filters.update(
-        value=text.value, exact=text.exact, percent=text.percent, change_words=rows.change_words
+        value=text.value,
+        value_of=rows.value_of,
+        exact=text.exact,
+        percent=text.percent,
+        change_words=rows.change_words,
     )
     artifacts = [
         _for_page(a, *shown) for a, shown in zip(report["artifacts"], pictures, strict=True)
     ]
-    scripts = ["page.js"] + ["viewer.js"] * any(a["scene"] for a in artifacts)
+    scripts = ["page.js", *_viewer({a["scene"]["kind"] for a in artifacts if a["scene"]})]
     return environment.get_template("page.html").render(
         title=report["title"],
         version=report["gencompress"],
@@ -57,6 +61,13 @@ def render(report: dict[str, Any], pictures: Sequence[tuple[list, dict | None, d
     )
 
 
+def _viewer(kinds: set[str]) -> list[str]:
+    """The scripts that draw these kinds of models; a scene that is only a note has none."""
+    files = {"splats": "viewer_splats.js", "faces": "viewer_mesh.js"}
+    needed = [name for kind, name in files.items() if kind in kinds]
+    return [*needed, "viewer.js"] if needed else []
+
+
 def _own(name: str) -> Markup:
     """A file of this package, put in as it is."""
     return Markup((_HERE / name).read_text(encoding="utf-8"))
@@ -71,6 +82,7 @@ def _for_page(
         "scene": scene,
         "labels": labels,
         "fitted": rows.is_fit(a),
+        "truth": rows.truth(a),
         "lede": lede(a),
         "headline": rows.headline(a),
         "curve_figures": curve_figures(a["curves"]),
@@ -88,7 +100,8 @@ def _values_are(artifacts: Sequence[dict[str, Any]]) -> str:
     """What the values of a comparison are, in a sentence."""
     fits = sum(map(rows.is_fit, artifacts))
     if fits == len(artifacts):
-        return "Values are those of the fitted models; quality is against photos held out."
+        truth = " or ".join(dict.fromkeys(map(rows.truth, artifacts)))
+        return f"Values are those of the fitted models; quality is against {truth} held out."
     after = "compression, or after fitting where there was no model" if fits else "compression"
     return f"Values are those after {after}; below each, the change from before."
 

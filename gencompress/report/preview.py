@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from gencompress.files import FormatError
 from gencompress.report.rows import number
 
 SPLAT_BYTES = 32  # of one .splat record
-MAX_SPLATS = 250_000  # 8 MB a cloud: beyond that a page is slow to open, so it is left out
+# 8 MB a cloud, about as much a mesh: beyond that a page is slow to open, so it is left out
+MAX_SHOWN = 250_000
 _SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "image/png"),
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -19,6 +21,7 @@ _SIGNATURES = (
 )
 _VECTORS = ("eye", "target", "up")
 _IMAGES = ("before", "after", "difference")
+_MODELS = ("before", "after", "removed")
 
 
 def read_previews(
@@ -26,10 +29,12 @@ def read_previews(
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None, dict[str, str]]:
     """The views of `folder`/preview/index.json, the 3D scene or None, and the labels.
 
-    A view is {"name", "caption", "background", "before", "after", "difference"}, its images data
-    URIs or None. The scene is {"before", "after"} (base64 of .splat records, or None), "counts",
-    "camera" and "background", or {"note"} where it is too large to embed. The labels are what to
-    call the two sides, {"before": "before", "after": "after"} where the index names no others.
+    A view is {"name", "caption", "background", "legend", "before", "after", "difference"}, its
+    images data URIs or None; "legend" says what the colours of the difference mean. The scene is
+    {"kind": "splats" or "faces", "models", "counts", "camera", "background", "legend"}, or {"kind":
+    None, "note"} where it is too large to embed. Models and counts are by name ("before", "after",
+    "removed", as far as there are such files): base64 of .splat records or of a GLB. The labels
+    are what to call all these, each by its own name where the index has no other.
 
     Raises:
         FormatError: the index is not what it should be, or names a file that is absent, lies
@@ -58,11 +63,11 @@ def _labels(path: Path, labels: Any) -> dict[str, str]:
     names = labels.values() if isinstance(labels, dict) else [None]
     if not all(isinstance(name, str) and name for name in names):
         raise FormatError(path, 'labels need texts, as in {"before": "photo", "after": "fitted"}')
-    return {key: labels.get(key, key) for key in ("before", "after")}
+    return {key: labels.get(key, key) for key in dict.fromkeys(_IMAGES + _MODELS)}
 
 
 def _view(preview: Path, entry: dict[str, Any], number: int) -> dict[str, Any]:
-    view = {key: entry.get(key) for key in ("caption", "background")}
+    view = {key: entry.get(key) for key in ("caption", "background", "legend")}
     view["name"] = str(entry.get("name") or f"view {number}")
     for key in _IMAGES:
         view[key] = _data_uri(preview, str(entry[key])) if entry.get(key) else None
@@ -85,29 +90,54 @@ def _data_uri(preview: Path, name: str) -> str:
 
 
 def _scene(preview: Path, index: dict[str, Any]) -> dict[str, Any] | None:
-    paths = {key: preview / f"{key}.splat" for key in ("before", "after")}
-    present = {key: path for key, path in paths.items() if path.is_file()}
+    splats, meshes = (
+        {key: path for key in _MODELS if (path := preview / f"{key}{suffix}").is_file()}
+        for suffix in (".splat", ".glb")
+    )
+    if splats and meshes:
+        raise FormatError(preview, "holds .splat and .glb models, expected one kind")
+    kind, present = ("faces", meshes) if meshes else ("splats", splats)
     if not present:
         return None
-    counts = {key: _count(path) for key, path in present.items()}
-    if max(counts.values()) > MAX_SPLATS:
-        return {"note": f"{max(counts.values()):,} splats are too many to embed in a page"}
-    data = {k: base64.b64encode(p.read_bytes()).decode() for k, p in present.items()}
+    counts = {key: _faces(p) if meshes else _splats(p) for key, p in present.items()}
+    most = max(counts.values())
+    if most > MAX_SHOWN:
+        return {"kind": None, "note": f"{most:,} {kind} are too many to embed in a page"}
     scene = index.get("scene") if isinstance(index.get("scene"), dict) else {}
+    usual = "white" if meshes else "black"
     return {
-        "before": data.get("before"),
-        "after": data.get("after"),
+        "kind": kind,
+        "models": {k: base64.b64encode(p.read_bytes()).decode() for k, p in present.items()},
         "counts": counts,
         "camera": _camera(preview / "index.json", index.get("camera")),
-        "background": "white" if scene.get("background") == "white" else "black",
+        "background": "white" if scene.get("background", usual) == "white" else "black",
+        "legend": scene.get("legend"),
     }
 
 
-def _count(path: Path) -> int:
+def _splats(path: Path) -> int:
     size = path.stat().st_size
     if size % SPLAT_BYTES:
         raise FormatError(path, f"{size} bytes, expected whole records of {SPLAT_BYTES}")
     return size // SPLAT_BYTES
+
+
+def _faces(path: Path) -> int:
+    """The triangles of a GLB of one primitive. The viewer checks the rest of the layout."""
+    data = path.read_bytes()
+    head = struct.unpack_from("<5I", data) if len(data) >= 20 else (0,) * 5
+    if head[:3] != (0x46546C67, 2, len(data)) or head[4] != 0x4E4F534A:
+        raise FormatError(path, f"{len(data)} bytes, expected a glTF 2.0 header and a JSON chunk")
+    try:
+        gltf = json.loads(data[20 : 20 + head[3]])
+        (mesh,) = gltf["meshes"]
+        (primitive,) = mesh["primitives"]
+        indices = number(gltf["accessors"][primitive["indices"]]["count"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise FormatError(path, f"expected one primitive with indices ({error!r})") from None
+    if indices is None or indices < 0 or indices % 3 or 4 * indices > len(data):
+        raise FormatError(path, f"{indices} indices, expected three a triangle, inside the file")
+    return int(indices) // 3
 
 
 def _camera(path: Path, camera: Any) -> dict[str, Any] | None:

@@ -15,14 +15,18 @@ from gencompress.measure import Measurement
 from gencompress.report import text
 
 _KINDS = ("curve", "step", "density")  # of log rows with a place of their own
-GROUPS = ("size", "cost", "quality", "speed", "other")
+GROUPS = ("size", "cost", "quality", "topology", "speed", "other")
 _COST_UNITS = {"MACs", "FLOPs", "GMACs", "GFLOPs"}
-_SIZE_UNITS = {"B", "bytes", "kB", "MB", "GB", "params", "parameters", "units"}
+_SIZE_UNITS = {"B", "bytes", "kB", "MB", "GB", "params", "parameters", "units", "faces"}
 _SIZE_WORDS = ("splat", "face", "vertices", "parameter", "size", "count", "cells", "experts")
 _COST_WORDS = ("memory", "macs", "flops", "intersection", "compression", "scoring", "training")
-_COST_WORDS += ("fitting",)
+_COST_WORDS += ("fitting", "pruning")
 _QUALITY_WORDS = ("psnr", "ssim", "lpips", "fid", "cmmd", "clip", "sscd", "iou", "chamfer")
-_QUALITY_WORDS += ("hausdorff", "similarity", "error", "accuracy", "silhouette")
+_QUALITY_WORDS += ("hausdorff", "similarity", "error", "accuracy", "silhouette", "f-score")
+_QUALITY_WORDS += ("consistency", "distance", "precision", "recall")
+_COUNTED_WORDS = ("hole", "loop", "component", "boundary", "manifold", "watertight")
+_TOPOLOGY_WORDS = (*_COUNTED_WORDS, "genus", "euler")
+_FIRST = ("faces", "iou", "genus", "hole", "loop")  # of a mesh, in a headline
 _SPEED_WORDS = ("time", "latency", "throughput", "fps", "per second")
 _FEWER = {"size": ("smaller", "larger"), "speed": ("faster", "slower"), "cost": ("less", "more")}
 
@@ -32,9 +36,13 @@ def group_of(name: str, unit: str) -> str:
     low = name.lower()
     if unit in _COST_UNITS or any(word in low for word in _COST_WORDS):
         return "cost"
+    if unit in text.TIME_UNITS | text.RATE_UNITS:
+        return "speed"
     if unit == "dB" or any(word in low for word in _QUALITY_WORDS):
         return "quality"
-    if unit in text.TIME_UNITS | text.RATE_UNITS or any(word in low for word in _SPEED_WORDS):
+    if any(word in low for word in _TOPOLOGY_WORDS):
+        return "topology"
+    if any(word in low for word in _SPEED_WORDS):
         return "speed"
     if unit in _SIZE_UNITS or any(word in low for word in _SIZE_WORDS):
         return "size"
@@ -75,46 +83,56 @@ def describe(artifact: Artifact, out: Path, ident: str) -> dict[str, Any]:
 
 def _row(m: Measurement) -> dict[str, Any]:
     before, after = number(m.before), number(m.after)
+    group = group_of(m.name, m.unit)
     return {
         "name": m.name,
-        "group": group_of(m.name, m.unit),
+        "group": group,
         "before": before,
         "after": after,
         "unit": m.unit,
         "better": m.better,
         "repeats": m.repeats,
         "spread": number(m.spread),
-        "change": change(before, after, m.unit, m.better),
+        "change": change(before, after, m.unit, m.better, group),
     }
 
 
-def change(before: float | None, after: float | None, unit: str, better: str) -> dict | None:
+def change(
+    before: float | None, after: float | None, unit: str, better: str, group: str = "other"
+) -> dict | None:
     """How `after` relates to `before`; None where one of them is missing.
 
     `ratio` (after / before) and `percent` are None where a ratio means nothing: for a logarithmic
-    unit (dB), or when one value is zero or they differ in sign.
+    unit (dB), for topology, for scores that end at 1 or 100% (SSIM, IoU), or when one value is
+    zero or they differ in sign. `verdict` is "better", "worse" or "same"; of topology "changed" in
+    place of the first two, for which holes are right depends on the object.
     """
     if before is None or after is None:
         return None
-    has_ratio = unit != "dB" and before * after > 0
+    is_score = group == "quality" and better == "higher" and unit in ("", "%")
+    relative = unit != "dB" and group != "topology" and not is_score
     verdict = "same"
     if after != before:
         verdict = "better" if (after > before) == (better == "higher") else "worse"
+        verdict = "changed" if group == "topology" else verdict
     return {
         "difference": after - before,
-        "ratio": after / before if has_ratio else None,
-        "percent": 100 * (after - before) / before if before and unit != "dB" else None,
+        "ratio": after / before if relative and before * after > 0 else None,
+        "percent": 100 * (after - before) / before if relative and before else None,
         "verdict": verdict,
     }
 
 
 def change_words(row: dict[str, Any]) -> str:
-    """The change of a row as "4.02× smaller", or as a difference where a ratio means nothing."""
+    """The change of a row as "4.02× smaller" or "3 more", or as a difference where neither means
+    anything."""
     moved = row["change"]
     if moved is None:
         return ""
     if moved["verdict"] == "same":
         return "unchanged"
+    if row["group"] == "topology":
+        return f"{text.plain(abs(moved['difference']))} {_direction(row)}"
     if moved["ratio"] is None:
         return text.difference(moved["difference"], row["unit"])
     ratio = abs(moved["ratio"])
@@ -129,12 +147,19 @@ def _direction(row: dict[str, Any]) -> str:
         return words[1] if rose == (row["better"] == "lower") else words[0]
     if row["group"] == "size" and row["unit"] not in ("B", "bytes", "kB", "MB", "GB"):
         words = ("fewer", "more")
+    if row["group"] == "topology" and any(w in row["name"].lower() for w in _COUNTED_WORDS):
+        words = ("fewer", "more")  # loops are counted; a genus is higher or lower
     return words[1] if rose else words[0]
 
 
 def is_fit(a: dict[str, Any]) -> bool:
-    """Whether the model was made from photos: there was none before."""
+    """Whether the model was made from photos or masks: there was none before."""
     return a["verb"] == "fit"
+
+
+def truth(a: dict[str, Any]) -> str:
+    """What a fit is held against."""
+    return "masks" if a["method"] == "mesh" else "photos"
 
 
 def distinctions(artifacts: Sequence[dict[str, Any]]) -> list[str]:
@@ -164,41 +189,90 @@ def headline(a: dict[str, Any]) -> list[dict[str, str]]:
     the first speed. What was not measured is left out. Of a fit, the values themselves.
     """
     rows = a["measurements"]
+    if a["method"] == "mesh":  # what counts first, whatever the order
+        rows = sorted(rows, key=lambda r: [word not in r["name"].lower() for word in _FIRST])
     if is_fit(a):
         return _made(rows)
+    if a["method"] == "mesh":
+        return _pruned(rows)
     found = []
     sizes = [r for r in rows if r["group"] == "size" and r["change"] and r["change"]["ratio"]]
     sizes.sort(key=lambda r: r["unit"] not in ("B", "bytes", "MB"))
     found += [_factor_figure(r) for r in sizes[:1]]
-    quality = [r for r in rows if r["group"] == "quality" and r["after"] is not None]
-    quality.sort(key=lambda r: "worst" in r["name"].lower())
-    for r in quality[:1]:
-        detail = "" if r["before"] is None else f"was {text.value(r['before'], r['unit'])}"
-        figure = {"figure": text.value(r["after"], r["unit"]), "label": r["name"], "detail": detail}
-        found.append(figure)
+    found += _quality_figure(rows)
     timed = [r for r in rows if r["group"] == "speed" and r["change"] and r["change"]["ratio"]]
     return found + [_factor_figure(r) for r in timed[:1]]
 
 
-def _made(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """The first count, quality and time of a picture, as they are."""
+def _pruned(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Of a mesh: its faces, the first quality, and what opened."""
     found = []
-    for group in ("size", "quality", "speed"):
+    counts = [r for r in rows if r["name"].lower() == "faces" and r["change"]]
+    for r in counts[:1]:
+        many = abs(r["change"]["difference"])
+        detail = f"{text.plain(r['before'])} → {text.plain(r['after'])}"
+        done = "added" if r["change"]["difference"] > 0 else "removed"
+        shown = {"figure": text.plain(many), "label": f"faces {done}", "detail": detail}
+        if r["change"]["ratio"] and r["change"]["ratio"] <= 0.5:
+            shown = _factor_figure(r)
+        found.append(shown)
+    return found + _quality_figure(rows) + _topology_figure(rows)
+
+
+def _topology_figure(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The first topology that changed, else the first."""
+    known = [r for r in rows if r["group"] == "topology" and r["after"] is not None]
+    known.sort(key=lambda r: not (r["change"] and r["change"]["verdict"] == "changed"))
+    return [
+        {
+            "figure": text.plain(r["after"]),
+            "label": r["name"],
+            "detail": "" if r["before"] is None else _was(r),
+        }
+        for r in known[:1]
+    ]
+
+
+def _was(row: dict[str, Any]) -> str:
+    same = row["change"]["verdict"] == "same"
+    return "unchanged" if same else f"was {text.value(row['before'], row['unit'])}"
+
+
+def _quality_figure(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The first quality that is not that of the worst view."""
+    quality = [r for r in rows if r["group"] == "quality" and r["after"] is not None]
+    quality.sort(key=lambda r: "worst" in r["name"].lower())
+    found = []
+    for r in quality[:1]:
+        detail = "" if r["before"] is None else f"was {text.value(r['before'], r['unit'])}"
+        figure = {"figure": text.value(r["after"], r["unit"]), "label": r["name"], "detail": detail}
+        found.append(figure)
+    return found
+
+
+def _made(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The first count, quality, genus and time of a picture, as they are."""
+    found = []
+    for group in ("size", "quality", "topology", "speed"):
         known = [r for r in rows if r["group"] == group and r["after"] is not None]
         known.sort(key=lambda r: r["unit"] in ("B", "bytes", "MB") or "worst" in r["name"].lower())
         for r in known[:1]:
-            shown = text.value(r["after"], "" if r["unit"] == r["name"] else r["unit"])
-            found.append({"figure": shown, "label": r["name"], "detail": ""})
+            found.append({"figure": value_of(r, "after"), "label": r["name"], "detail": ""})
     return found
 
 
 def _factor_figure(row: dict[str, Any]) -> dict[str, str]:
     ratio = abs(row["change"]["ratio"])
-    before, after = (text.value(row[key], row["unit"]) for key in ("before", "after"))
+    before, after = value_of(row, "before"), value_of(row, "after")
     same = row["change"]["verdict"] == "same"
     label = f"{row['name']} unchanged" if same else _direction(row)
     figure = text.short_factor(max(ratio, 1 / ratio))
     return {"figure": figure, "label": label, "detail": f"{row['name']} {before} → {after}"}
+
+
+def value_of(row: dict[str, Any], key: str) -> str:
+    """A value beside its name, which need not be said twice."""
+    return text.value(row[key], "" if row["unit"] == row["name"] else row["unit"])
 
 
 def is_timed(row: dict[str, Any]) -> bool:

@@ -61,8 +61,8 @@ def percent(x: float) -> str:
 
 
 def difference(x: float, unit: str) -> str:
-    """A change in the unit itself, "−5.14 dB"."""
-    return ("+" if x > 0 else "") + value(x, unit)
+    """A change in the unit itself, "−5.14 dB"; of a percentage in points."""
+    return ("+" if x > 0 else "") + value(x, "points" if unit == "%" else unit)
 
 
 def _seconds(x: float) -> str:

@@ -259,7 +259,9 @@ def save(result: Compressed, folder: Path, config: Config, data: Capture) -> Pat
     return path
 
 
-def preview(before: SplatCloud, after: SplatCloud, data: Capture, folder: Path) -> None:
+def preview(
+    before: SplatCloud, after: SplatCloud, result: Compressed, data: Capture, folder: Path
+) -> None:
     """Held-out photos beside what the splats show there, and the cloud for the viewer."""
     quality.write_photo_preview(after, data.test, folder)
 

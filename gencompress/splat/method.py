@@ -258,7 +258,9 @@ def restore(folder: Path) -> SplatCloud:
     return read_splats(found[0])
 
 
-def preview(before: SplatCloud, after: SplatCloud, data: Views, folder: Path) -> None:
+def preview(
+    before: SplatCloud, after: SplatCloud, result: Compressed, data: Views, folder: Path
+) -> None:
     """Pictures of both and of their difference, and both clouds for the interactive view."""
     quality.write_preview(before, after, data.test, folder)
 

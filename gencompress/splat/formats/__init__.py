@@ -17,9 +17,9 @@ import torch
 
 from gencompress.files import FormatError, writing
 from gencompress.splat.cloud import SplatCloud, rows, tensors
+from gencompress.views.ply_header import read_header
 
 from . import compressed_ply, dotsplat, ply, sog, spz
-from .ply_header import read_header
 
 log = logging.getLogger(__name__)
 

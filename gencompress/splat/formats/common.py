@@ -14,10 +14,8 @@ from gencompress.splat.cloud import SplatCloud, tensors
 # Limits. A file decides how much memory it takes, so each claim is held against its size.
 MAX_RATIO = 100  # inflated bytes per byte on disk; measured on real scenes: 1.4 to 3
 FREE_BYTES = 64 << 20  # below this any ratio is harmless (a million identical splats in .spz)
-MAX_HEADER_BYTES = 1 << 20  # a text header; a 62-property .ply header takes 1.5 kB
 MAX_META_BYTES = 4 << 20  # meta.json; three codebooks of 256 numbers take about 15 kB
 MAX_EXTENSION_BYTES = 1 << 20  # vendor records of .spz; the known ones take under 32 bytes
-MAX_LIST_ROWS = 10_000_000  # rows of a list element walked one by one, about 5 s
 
 SQRT_HALF = 0.7071067811865476
 # the three components that stay when the largest of four is left out

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from gencompress.files import FormatError
 from gencompress.splat.cloud import SH_C0, SplatCloud
+from gencompress.views.ply_header import Header, binary_offset, read_header, row_dtype
 
 from .common import (
     SQRT_HALF,
@@ -36,8 +37,8 @@ from .common import (
     smallest_three,
     unit_quats,
 )
+from .ply import antialiased
 from .ply import header as header
-from .ply_header import Header, binary_offset, read_header, row_dtype
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def read(path: Path) -> SplatCloud:
         for c in range(3):
             sh[:, 1 + k, c] = _sh_values(rest[f"f_rest_{c * bands + k}"])
     opacities = opacity_logits((rgba & np.uint32(255)).astype(np.uint8))
-    return cloud_of(means, quats, scales, opacities, sh, header.antialiased)
+    return cloud_of(means, quats, scales, opacities, sh, antialiased(header))
 
 
 def _check(path: Path, header: Header) -> None:

@@ -24,9 +24,9 @@ import torch
 
 from gencompress.files import FormatError
 from gencompress.splat.cloud import SplatCloud
+from gencompress.views.ply_header import Element, Header, binary_offset, read_header, row_dtype
 
 from .common import Array, arrays, cloud_of
-from .ply_header import Element, Header, binary_offset, read_header, row_dtype
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,18 @@ def read(path: Path) -> SplatCloud:
                 list(pool.map(lambda part: _gather(part, picks, fields), parts))
     fields["opacities"] = fields["opacities"][:, 0]
     fields["sh"] = fields["sh"].reshape(vertex.count, -1, 3)
-    return cloud_of(**fields, antialiased=header.antialiased)
+    return cloud_of(**fields, antialiased=antialiased(header))
+
+
+def antialiased(header: Header) -> bool:
+    """The note some trainers leave in a comment (Brush: `SplatRenderMode: mip`, Postshot:
+    `antialiased 1`); the last one counts."""
+    found = False
+    for comment in header.comments:
+        words = comment.lower().replace(":", " ").split()
+        if words[:1] == ["splatrendermode"] or words[:1] == ["antialiased"]:
+            found = words[1:] in (["mip"], ["1"])
+    return found
 
 
 def _plan(header: Header, vertex: Element, wanted: dict[str, list[str]]):

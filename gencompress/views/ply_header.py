@@ -1,4 +1,7 @@
-"""The text header of a .ply file, and where each element's data lies."""
+"""The text header of a .ply file, and where each element's data lies.
+
+What an element means is for those who read points, splats and meshes.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ import numpy as np
 
 from gencompress.files import FormatError
 
-from .common import MAX_HEADER_BYTES, MAX_LIST_ROWS
-
+MAX_HEADER_BYTES = 1 << 20  # a header with 62 properties takes 1.5 kB
+MAX_LIST_ROWS = 10_000_000  # rows of a list element walked one by one, about 5 s
 TYPES = {
     **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
     **{"int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4"},
@@ -56,17 +59,6 @@ class Header:
 
     def element(self, name: str) -> Element | None:
         return next((e for e in self.elements if e.name == name), None)
-
-    @property
-    def antialiased(self) -> bool:
-        """The note some trainers leave in a comment (Brush: `SplatRenderMode: mip`, Postshot:
-        `antialiased 1`); the last one counts."""
-        found = False
-        for comment in self.comments:
-            words = comment.lower().replace(":", " ").split()
-            if words[:1] == ["splatrendermode"] or words[:1] == ["antialiased"]:
-                found = words[1:] in (["mip"], ["1"])
-        return found
 
 
 def row_dtype(header: Header, element: Element) -> np.dtype:

@@ -1,0 +1,114 @@
+"""STL: a soup of triangles, binary or ascii; written binary.
+
+Corners with equal bits are welded on reading. The stored normals are not read: they are written
+anew from the vertices. The attribute bytes of a binary face are kept in `per_face["attribute"]`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gencompress.files import FormatError
+from gencompress.mesh.surface import TriMesh, face_normals
+
+from .common import mesh_of, numpy_of
+
+RECORD = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+HEADER = 80
+VERTEX = re.compile(rb"(?i)\bvertex\s")
+
+
+@dataclass(frozen=True)
+class StlSource:
+    header: bytes  # 80 bytes of a binary file; the line after `solid` of an ascii one
+    kind: str = "stl"
+
+
+def read(path: Path, strict: bool = False) -> TriMesh:
+    data = path.read_bytes()
+    if _is_ascii(data):
+        return _read_ascii(path, data)
+    if len(data) < HEADER + 4:
+        raise FormatError(path, f"{len(data)} bytes, expected a header of {HEADER + 4}")
+    count = int.from_bytes(data[HEADER : HEADER + 4], "little")
+    expected = HEADER + 4 + count * RECORD.itemsize
+    if len(data) != expected:
+        raise FormatError(
+            path, f"declares {count} faces, which need {expected} bytes; the file has {len(data)}"
+        )
+    rows = np.frombuffer(data, RECORD, count, HEADER + 4)
+    points = rows["corners"].reshape(-1, 3).astype(np.float32)
+    per_face = {"attribute": rows["attribute"].astype(np.int32)[:, None]}
+    if not per_face["attribute"].any():
+        per_face = {}
+    return mesh_of(path, points, _soup(count), {}, per_face, (), StlSource(data[:HEADER]))
+
+
+def _is_ascii(data: bytes) -> bool:
+    """Some binary files begin with `solid` as well; their size gives them away."""
+    if not data[:512].lstrip().lower().startswith(b"solid"):
+        return False
+    count = int.from_bytes(data[HEADER : HEADER + 4], "little")
+    return len(data) != HEADER + 4 + count * RECORD.itemsize
+
+
+def _soup(count: int) -> np.ndarray:
+    return np.arange(3 * count).reshape(-1, 3)
+
+
+def _read_ascii(path: Path, data: bytes) -> TriMesh:
+    title, _, body = data.lstrip()[len(b"solid") :].partition(b"\n")
+    facets = len(re.findall(rb"(?i)\bendfacet\b", body))
+    if not re.search(rb"(?i)\bendsolid\b", body):
+        raise FormatError(path, "an ascii STL without its end: no endsolid")
+    text = re.sub(rb"(?im)^\s*(end)?solid\b.*$", b" ", body)
+    num_vertices = len(VERTEX.findall(text))
+    text = re.sub(rb"(?i)\b(facet\s+normal(\s+\S+){3})", b" ", text)
+    text = re.sub(rb"(?i)\b(outer\s+loop|endloop|endfacet|vertex)\b", b" ", text)
+    try:
+        numbers = np.array(text.split(), dtype=np.float64)
+    except ValueError as error:
+        raise FormatError(path, f"an ascii STL with words it should not have ({error})") from error
+    if num_vertices != 3 * facets or len(numbers) != 9 * facets:
+        raise FormatError(
+            path, f"{facets} facets with {num_vertices} vertices and {len(numbers)} coordinates"
+        )
+    with np.errstate(over="ignore"):
+        points = numbers.reshape(-1, 3).astype(np.float32)
+    source = StlSource(title.strip()[:HEADER])
+    return mesh_of(path, points, _soup(facets), {}, {}, (), source)
+
+
+def write(path: Path, mesh: TriMesh) -> None:
+    """float32 coordinates; uv, colours and parts are lost.
+
+    Raises:
+        ValueError: a coordinate is beyond float32.
+    """
+    vertices, faces, _ = numpy_of(mesh)
+    with np.errstate(over="ignore"):
+        single = vertices.astype(np.float32)
+    if not np.isfinite(single).all():
+        raise ValueError(f"{path}: a coordinate is too large for the float32 of STL")
+    rows = np.zeros(len(faces), RECORD)
+    rows["corners"] = single[faces]
+    rows["normal"] = face_normals(torch.from_numpy(single), torch.from_numpy(faces)).numpy()
+    if "attribute" in mesh.per_face:
+        rows["attribute"] = mesh.per_face["attribute"].cpu().numpy().reshape(-1)
+    header = mesh.source.header if isinstance(mesh.source, StlSource) else b"binary STL"
+    if header.lstrip().lower().startswith(b"solid"):
+        header = b"STL " + header  # readers take a leading `solid` for ascii
+    with open(path, "wb") as file:
+        file.write(header[:HEADER].ljust(HEADER, b" "))
+        file.write(len(rows).to_bytes(4, "little"))
+        file.write(rows.tobytes())
+
+
+def details(mesh: TriMesh) -> dict[str, Any]:
+    return {"header": mesh.source.header.decode("ascii", "replace").strip("\0 ")}
