@@ -29,7 +29,7 @@ from gencompress.scenes import companions, resolve
 
 METHODS = {"splat": "gencompress.splat", "mesh": "gencompress.mesh"}
 # what makes a model in the first place, offering the same names
-FITS = {"splat": "gencompress.splat.fitting"}
+FITS = {"splat": "gencompress.splat.fitting", "mesh": "gencompress.mesh.fitting"}
 # what is kept where nobody says how much: of a mesh, all that is right
 KEEP = {"splat": "50%", "mesh": "100%"}
 WORK = ".{}.work"  # beside the output: what resuming needs while a run is not finished

@@ -30,12 +30,13 @@ from gencompress.mesh.formats import read_mesh, suffix_format, write_mesh
 from gencompress.mesh.masks import MaskViews, load_masks, resized, subset
 from gencompress.mesh.prune import State, hidden, prune, without_hidden
 from gencompress.mesh.score import badness, iou, limit, shown, workplace
-from gencompress.mesh.surface import TriMesh, face_areas, take
+from gencompress.mesh.surface import TriMesh, face_areas, merge_near, take
 from gencompress.views.fit import Progress, quiet
 
 AGREE = 0.2  # IoU below which camera and mask seem to be of different scenes
 COVERED = 0.5  # share of the masks that a filled-in mesh covers at the least
 CHECK_SIZE = 128  # px
+SOUP = 1e-7  # of the diagonal: corners of an .stl that are nearer than about this are one
 
 
 def load(
@@ -59,14 +60,21 @@ def load(
         )
     path = Path(target)
     mesh = read_mesh(path, strict=strict)
-    score, test = (
-        _without_empty(some, data["views"])
-        for some in load_masks(data["views"], every=config.hold_out)
-    )
+    if path.suffix.lower() == ".stl":  # a soup whose corners may differ by a rounding
+        mesh = merge_near(
+            mesh, SOUP * float((mesh.vertices.amax(0) - mesh.vertices.amin(0)).norm())
+        )
+    score, test = load_views(data["views"], config.hold_out)
     check_fit(mesh, score, path, data["views"])
     suffix = path.suffix.lower() if config.format == "same" else config.format
     truth = Path(data["truth"]) if "truth" in data else None
     return mesh, Data(score, test, path, suffix, truth)
+
+
+def load_views(path: str, every: int) -> tuple[MaskViews, MaskViews]:
+    """Masks to work with and held-out masks, without empty ones; see `masks.load_masks`."""
+    score, test = load_masks(path, every=every)
+    return _without_empty(score, path), _without_empty(test, path)
 
 
 def check_fit(mesh: TriMesh, views: MaskViews, path: Path, source: str) -> None:
@@ -149,7 +157,7 @@ def compress(
     work = workplace(data.score, config.size, config.dilate)
     state, log = prune(mesh, work, config, progress)
     if config.refine:
-        state, more = _refined(state, data, config, generator, workdir, progress)
+        state, more = _refined(state, data, config, generator, progress)
         log.extend(more)
     wrong = len(state.mesh)
     most = count_within(mesh, state.mesh, budget, data.suffix)
@@ -300,13 +308,16 @@ def _refined(
     data: Data,
     config: Config,
     generator: torch.Generator,
-    workdir: Path,
     progress: Progress,
 ) -> tuple[State, list[dict[str, Any]]]:
     """Vertices moved towards the masks; no face comes or goes."""
-    from gencompress.mesh.refine import Refinement, refine
+    from gencompress.mesh.refine import Settings, refine
 
-    mesh = state.mesh
-    how = Refinement(steps=config.refine)
-    vertices, log = refine(mesh.vertices, mesh.faces, data.score, how, generator, progress=progress)
-    return State(replace(mesh, vertices=vertices.to(mesh.vertices)), state.origin), log
+    mesh, log = refine(
+        state.mesh,
+        data.score,
+        Settings(steps=config.refine, coarse=0),
+        generator,
+        progress=progress,
+    )
+    return State(mesh, state.origin), log

@@ -156,7 +156,10 @@ def test_positions_that_are_not_finite(tmp_path, value, problem):
 def test_an_index_of_another_primitive(tmp_path, kind):
     """Points of the next primitive are in reach of a global index, but not of this one."""
     b = Builder()
-    one = {"attributes": {"POSITION": b.array(np.eye(3), "f4")}, "indices": b.array([0, 1, 3], kind)}
+    one = {
+        "attributes": {"POSITION": b.array(np.eye(3), "f4")},
+        "indices": b.array([0, 1, 3], kind),
+    }
     b.root["nodes"] = [{"mesh": b.mesh(one, square(b))}]
     with pytest.raises(FormatError, match="vertex 3"):
         read_mesh(b.write(tmp_path / "a.glb"))
@@ -238,7 +241,10 @@ def test_attributes_that_a_method_dropped(tmp_path):
     """New connectivity without attributes still goes back through the nodes."""
     b = Builder()
     mesh = b.mesh(square(b))
-    b.root["nodes"] = [{"mesh": mesh, "scale": [2, 2, -4], "translation": [1, 0, 0]}, {"mesh": mesh}]
+    b.root["nodes"] = [
+        {"mesh": mesh, "scale": [2, 2, -4], "translation": [1, 0, 0]},
+        {"mesh": mesh},
+    ]
     found = read_mesh(b.write(tmp_path / "a.glb"))
     write_mesh(tmp_path / "b.glb", replace(found, corners={}))
     again = read_mesh(tmp_path / "b.glb")
@@ -246,6 +252,21 @@ def test_attributes_that_a_method_dropped(tmp_path):
     write_mesh(tmp_path / "c.glb", replace(found, corners={}, per_face={}))
     again = read_mesh(tmp_path / "c.glb")
     assert torch.equal(again.vertices[again.faces], found.vertices[found.faces])
+
+
+def test_what_a_node_flattens_passes_through(tmp_path):
+    """Animations hide a mesh by scale 0; it has no inverse to write moved vertices through."""
+    b = Builder()
+    mesh = b.mesh(square(b))
+    b.root["nodes"] = [{"mesh": mesh, "scale": [0, 0, 0]}, {"mesh": mesh, "scale": [1e-9] * 3}]
+    found = read_mesh(b.write(tmp_path / "a.glb"))
+    assert len(found) == 2 and [p.node for p in found.parts] == [1]
+    write_mesh(tmp_path / "b.glb", take(found, torch.tensor([0])))
+    root, binary = read_json(tmp_path / "b.glb")
+    hidden, shown = (root["meshes"][node["mesh"]]["primitives"][0] for node in root["nodes"])
+    assert items(root, binary, hidden["indices"])[:, 0].tolist() == [0, 1, 2, 0, 2, 3]
+    assert items(root, binary, shown["indices"])[:, 0].tolist() == [0, 1, 2]
+    assert set(hidden["attributes"]) == set(b.root["meshes"][0]["primitives"][0]["attributes"])
 
 
 def test_from_another_format(tmp_path):

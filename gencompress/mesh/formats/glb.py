@@ -3,7 +3,8 @@
 A mesh that several nodes show gives its faces once for each. A node that mirrors has its faces
 turned, so that they are counter-clockwise seen from outside. Where a node moves a mesh, the
 positions and normals of the file stay in the corner attributes "local" and "local_normal", so that
-what was not moved is written back to the bit. Points and lines are passed through.
+what was not moved is written back to the bit. Points, lines and meshes that their node flattens
+(scale 0) are passed through.
 
 Attributes: TEXCOORD_0 "uv" (v down), NORMAL "normal", COLOR_0 "color", TANGENT "tangent" (of the
 node), others by their glTF name, those of morph target i as `target<i>/NAME`.
@@ -82,7 +83,7 @@ def read(path: Path, strict: bool = False) -> TriMesh:
         problem = f"{type(error).__name__}: {error}"
         raise FormatError(path, f"its JSON is not sound glTF 2.0 ({problem:.200})") from error
     if not found:
-        raise FormatError(path, "has no faces")
+        raise FormatError(path, "has no faces, or only below nodes whose matrix has no inverse")
     return _joined(path, found, GlbSource(path.absolute(), root, buffers))
 
 
@@ -91,6 +92,8 @@ def _primitives(path: Path, root: dict[str, Any], buffers: tuple[bytes, ...]) ->
     total = 0
     for node, matrix in _nodes(root):
         mesh = root["nodes"][node].get("mesh")
+        if np.linalg.matrix_rank(matrix[:3, :3]) < 3:
+            continue  # scaled to nothing, as animations hide things; passed through
         primitives = [] if mesh is None else item(root, "meshes", mesh)["primitives"]
         for number, primitive in enumerate(primitives):
             refuse_compressed(path, {"extensionsUsed": primitive.get("extensions", ())})
@@ -225,8 +228,6 @@ def _primitive(
     if wrong or local.shape[1] != 3:
         raise ValueError(f"attributes of {wrong} items where POSITION has {local.shape}")
     if not is_identity(matrix):
-        if np.linalg.matrix_rank(matrix[:3, :3]) < 3:
-            raise ValueError(f"nodes[{node}] flattens its mesh: its matrix has no inverse")
         values["local"] = local.astype(np.float32)
         if "normal" in values:
             values["local_normal"] = values["normal"]

@@ -13,7 +13,7 @@ import numpy as np
 from gencompress.mesh.surface import TriMesh
 
 from .common import Array, numpy_of, split_vertices, uv_of
-from .glb import NAMES, TRIANGLES, GlbPart, GlbSource, flips, is_identity, placed, turned
+from .glb import NAMES, GlbPart, GlbSource, flips, is_identity, placed, turned
 from .glb_accessors import BIN_CHUNK, COMPONENTS, JSON_CHUNK, WIDTHS, encoded, view_bytes
 
 TYPES = {kind: number for number, kind in COMPONENTS.items()}
@@ -193,7 +193,7 @@ def _edited(mesh: TriMesh, vertices: Array, faces: Array, corners: Any, binary: 
             written[entry.node, entry.primitive] = kept | new
             if len(rows) != entry.num_faces:
                 opened.append(written[entry.node, entry.primitive])
-    _replace_meshes(root, source, written, carry)
+    _replace_meshes(root, source, mesh.parts, written, carry)
     _double_sided(root, opened)
     for skin in root.get("skins", ()):
         carry.rename(skin)
@@ -256,9 +256,16 @@ def _double_sided(root: dict[str, Any], opened: list[dict[str, Any]]) -> None:
         root["materials"] = materials
 
 
-def _replace_meshes(root: dict[str, Any], source: GlbSource, written: Any, carry: _Carrier):
+def _replace_meshes(
+    root: dict[str, Any],
+    source: GlbSource,
+    parts: tuple[GlbPart, ...],
+    written: Any,
+    carry: _Carrier,
+) -> None:
     """A mesh of its own for each node, in the order of nodes; those of no node stay behind."""
     meshes = []
+    read = {(part.node, part.primitive) for part in parts}
     for number, node in enumerate(root.get("nodes", ())):
         if "mesh" not in node:
             continue
@@ -267,7 +274,7 @@ def _replace_meshes(root: dict[str, Any], source: GlbSource, written: Any, carry
         for i, primitive in enumerate(old["primitives"]):
             if (number, i) in written:
                 primitives.append(written[number, i])
-            elif primitive.get("mode", 4) not in TRIANGLES:
+            elif (number, i) not in read:
                 primitives.append(carry.primitive(primitive))
         if primitives:
             node["mesh"] = len(meshes)
@@ -337,7 +344,7 @@ class _Carrier:
                 stack += found
 
     def primitive(self, old: dict[str, Any]) -> dict[str, Any]:
-        """Points or lines, untouched."""
+        """One that was not read, untouched."""
         new = copy.deepcopy(old)
         new["attributes"] = {k: self.accessor(a) for k, a in old["attributes"].items()}
         if "indices" in old:
