@@ -328,7 +328,7 @@ def _deliver(
     quiet: bool,
 ) -> None:
     """Runs a recipe into an artifact or a file, or predicts what that would give, and prints."""
-    from gencompress.run import predict, run
+    from gencompress.run import predict, run, run_to_file
 
     to_file = out is not None and bool(out.suffix) and not out.is_dir()
     if out is not None and to_file:
@@ -342,7 +342,8 @@ def _deliver(
         raise RecipeError("--out is missing: a folder for the artifact, or a model file")
     with _progress(plan.method, quiet) as say:
         if to_file:
-            artifact, path = _to_file(run, plan, out, strict, overwrite, say)
+            artifact = run_to_file(plan, out, strict=strict, overwrite=overwrite, progress=say)
+            path = out
         else:
             artifact = run(plan, out, strict=strict, overwrite=overwrite, progress=say)
             path = model_path(artifact)
@@ -364,34 +365,6 @@ def _setting(text: str) -> str:
 def _suffix(out: Path) -> str:
     name = out.name.lower()
     return ".compressed.ply" if name.endswith(".compressed.ply") else out.suffix
-
-
-def _to_file(
-    run: Callable[..., Artifact],
-    plan: Recipe,
-    out: Path,
-    strict: bool,
-    overwrite: bool,
-    say: Callable[[str], None],
-) -> tuple[Artifact, Path]:
-    """Runs into a temporary artifact and keeps just the model."""
-    import shutil
-    import tempfile
-
-    from gencompress.run import WORK
-
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out}: exists already; choose another name or --overwrite")
-    if out.exists() and Path(plan.target).exists() and out.samefile(plan.target):
-        raise FileExistsError(f"{out}: input and output are the same file")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
-    with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
-        work = out.with_name(WORK.format(out.name))
-        artifact = run(plan, Path(folder) / "artifact", strict=strict, workdir=work, progress=say)
-        with writing(out, overwrite=overwrite) as part:
-            shutil.copyfile(model_path(artifact), part)
-    return artifact, out
 
 
 @contextlib.contextmanager

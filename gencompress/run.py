@@ -23,6 +23,7 @@ from gencompress.artifact import (
     write_artifact,
 )
 from gencompress.core.budget import parse_budget
+from gencompress.files import writing
 from gencompress.measure import Measurement
 from gencompress.recipe import Recipe, RecipeError, config_from, from_dict
 from gencompress.scenes import companions, resolve
@@ -125,6 +126,49 @@ def run(
             digest=_digest(recipe),
             overwrite=overwrite,
         )
+
+
+def run_to_file(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    strict: bool = False,
+    overwrite: bool = False,
+    progress: Progress = quiet,
+) -> Artifact:
+    """Runs a recipe and keeps just the model, as the file `out`; files that an .obj names go beside
+    it, unless there are such. Of the artifact it returns only what is in memory is left.
+
+    Raises as `run`.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out}: exists already; choose another name or --overwrite")
+    if out.exists() and Path(recipe.target).exists() and out.samefile(recipe.target):
+        raise FileExistsError(f"{out}: input and output are the same file")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
+    work = out.with_name(WORK.format(out.name))
+    with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
+        artifact = run(
+            recipe, Path(folder) / "artifact", strict=strict, workdir=work, progress=progress
+        )
+        model = model_path(artifact)
+        beside = []
+        if model.is_dir():
+            files = [path for path in sorted(model.rglob("*")) if path.is_file()]
+            (main,) = (path for path in files if path.suffix.lower() == out.suffix.lower())
+            beside = [
+                (path, out.parent / path.relative_to(model)) for path in files if path != main
+            ]
+            model = main
+        with writing(out, overwrite=overwrite) as part:
+            shutil.copyfile(model, part)
+        for path, target in beside:
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+    return artifact
 
 
 def predict(recipe: Recipe, *, strict: bool = False) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""`fit mesh`: a mesh from alpha masks alone. A sphere or hull is deformed until its silhouettes fit,
-which never opens a hole; then faces are pruned and vertices refined in turns, which does.
+"""`fit mesh`: a mesh from alpha masks alone. A sphere or hull is deformed until its silhouettes
+fit, which never opens a hole; then faces are pruned and vertices refined in turns, which does.
 
 Offers what a method offers, so the same loop in `run.py` runs it; the model that goes in is the
 surface that the deformation starts from.

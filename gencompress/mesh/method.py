@@ -56,7 +56,7 @@ def load(
         raise ValueError(f"{dtype} on {device}: meshes are float32, and on the cpu for now")
     if "views" not in data:
         raise ValueError(
-            "masks are missing: --views takes a capture whose photos have alpha or masks, or an .npz"
+            "masks are missing: --views takes a capture with alpha or masks, or an .npz of them"
         )
     path = Path(target)
     mesh = read_mesh(path, strict=strict)

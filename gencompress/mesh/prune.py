@@ -14,7 +14,7 @@ from gencompress.mesh.config import Config
 from gencompress.mesh.masks import placed
 from gencompress.mesh.score import Work, badness, iou, limit, shown
 from gencompress.mesh.subdivide import subdivide
-from gencompress.mesh.surface import TriMesh, take
+from gencompress.mesh.surface import TriMesh, face_areas, take
 from gencompress.mesh.topology import components
 from gencompress.views.fit import Progress, quiet
 
@@ -204,16 +204,18 @@ def hidden(mesh: TriMesh, work: Work) -> Tensor:
     return unseen
 
 
-def without_hidden(state: State, work: Work, config: Config, most: int | None) -> State:
-    """Without faces that no view sees: all of them, or the smallest until `most` faces are left."""
-    index = hidden(state.mesh, work).nonzero().squeeze(1)
+def without_hidden(state: State, work: Work, most: int | None) -> State:
+    """Without the faces that no view sees: all of them, or the smallest until `most` are left."""
+    mesh = state.mesh
+    index = hidden(mesh, work).nonzero().squeeze(1)
     if most is not None:
-        index = index[: max(0, len(state.mesh) - most)]
+        small = face_areas(mesh.vertices, mesh.faces)[index].argsort(stable=True)
+        index = index[small[: max(0, len(mesh) - most)]]
     if not len(index):
         return state
-    keep = torch.ones(len(state.mesh), dtype=torch.bool)
+    keep = torch.ones(len(mesh), dtype=torch.bool)
     keep[index] = False
-    return State(take(state.mesh, keep.nonzero().squeeze(1)), state.origin[keep])
+    return State(take(mesh, keep.nonzero().squeeze(1)), state.origin[keep])
 
 
 def _iou(state: State, work: Work) -> float:
