@@ -46,7 +46,7 @@ class Config:
                 f"score {self.score!r} across {self.across!r}: known are {', '.join(SCORES)} "
                 f"across {', '.join(RULES)}"
             )
-        if not self.taus or any(not 0 < tau for tau in self.taus):
+        if not self.taus or any(not tau > 0 for tau in self.taus):
             raise ValueError(f"taus = {self.taus}: one error above 0 at least")
         if not 0 < self.cap <= 1 or not 0 < self.vote <= 1 or self.k < 0:
             raise ValueError("cap and vote are shares above 0 and up to 1, k is not negative")

@@ -5,7 +5,7 @@ and the cameras in one of these ways:
 
 - `c2w` [N, 4, 4], camera to world with OpenGL axes;
 - `w2c` [N, 4, 4], world to camera with OpenCV axes;
-- `R` [N, 3, 3] and `t` (or `T`) [N, 3], by `convention`: "opencv" (x_view = R x + t, the default) or
+- `R` [N, 3, 3] and `t` (or `T`) [N, 3], by `convention`: "opencv" (x_view = R x + t, default) or
   "pytorch3d" (row vectors, x_view = x R + T, x left and y up);
 - `distance_elevation_azimuth` [N, 3], degrees, around the origin with y up, as SoftRas writes it.
 

@@ -112,7 +112,7 @@ def lede(a: dict[str, Any]) -> str:
     keep = a["recipe"].get("budget")
     keep = keep.get("keep") if isinstance(keep, dict) else keep
     done = "fitted" if rows.is_fit(a) else "compressed"
-    bare = not keep or (rows.is_fit(a) and keep == "100%")  # a fit without a budget
+    bare = not keep or keep == "100%"  # no budget
     budget = "" if bare else f" to {keep}"
     method = f" by the method {a['method']}" if a["method"] else ""
     where = f" Measured on {a['device']}." if a["device"] else " The device was not recorded."

@@ -1,4 +1,4 @@
-"""All mesh formats: round trips, conversions, recognising, STL, and broken files."""
+"""All mesh formats: round trips, conversions, recognising, and broken files."""
 
 import struct
 from dataclasses import replace
@@ -125,71 +125,6 @@ def test_content_must_agree_with_the_suffix(tmp_path):
     (tmp_path / "c.glb").write_bytes(b"{}")
     with pytest.raises(FormatError, match="c.glb"):
         read_mesh(tmp_path / "c.glb")
-
-
-ASCII = """solid part one
- facet normal 0 0 1
-  outer loop
-   vertex 0 0 0
-   vertex 1e0 0 0
-   VERTEX 1 1 0.1
-  endloop
- endfacet
- facet normal 0 0 1
-  outer loop
-   vertex 0 0 0
-   vertex 1 1 .1
-   vertex 0 1 0
-  endloop
- endfacet
-endsolid part one
-"""
-
-
-def test_stl_ascii(tmp_path):
-    (tmp_path / "a.stl").write_text(ASCII)
-    mesh = read_mesh(tmp_path / "a.stl")
-    assert mesh.faces.tolist() == [[0, 1, 2], [0, 2, 3]]
-    assert mesh.vertices[2].tolist() == [1, 1, np.float32(0.1)]
-    write_mesh(tmp_path / "b.stl", mesh)
-    data = (tmp_path / "b.stl").read_bytes()
-    assert len(data) == 84 + 100 and not data.lower().startswith(b"solid")
-    assert b"part one" in data[:80]
-
-
-def test_stl_attributes_and_a_lying_header(tmp_path):
-    write_mesh(tmp_path / "a.stl", sheet())
-    data = bytearray((tmp_path / "a.stl").read_bytes())
-    data[:5] = b"solid"
-    data[84 + 48 : 84 + 50] = b"\xff\xfe"
-    (tmp_path / "b.stl").write_bytes(data)
-    mesh = read_mesh(tmp_path / "b.stl")
-    assert mesh.per_face["attribute"].reshape(-1).tolist() == [0xFEFF] + [0] * 71
-    write_mesh(tmp_path / "c.stl", mesh)
-    assert not (tmp_path / "c.stl").read_bytes().startswith(b"solid")
-    assert torch.equal(
-        read_mesh(tmp_path / "c.stl").per_face["attribute"], mesh.per_face["attribute"]
-    )
-    normal = np.frombuffer((tmp_path / "c.stl").read_bytes(), "<f4", 3, 84)
-    a, b, c = mesh.vertices[mesh.faces[0]].double().numpy()
-    expected = np.cross(b - a, c - a) / np.linalg.norm(np.cross(b - a, c - a))
-    np.testing.assert_allclose(normal, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (ASCII[:-20], "no endsolid"),
-        (ASCII.replace("1e0", "one"), "words it should not have"),
-        (ASCII.replace("   vertex 0 1 0\n", ""), "2 facets with 5 vertices"),
-        (ASCII.replace("1e0", "1e99"), "not finite"),
-        ("solid a\nendsolid a\n", "no faces"),
-    ],
-)
-def test_broken_ascii_stl(tmp_path, text, says):
-    (tmp_path / "a.stl").write_text(text)
-    with pytest.raises(FormatError, match=rf"a\.stl: .*{says}"):
-        read_mesh(tmp_path / "a.stl")
 
 
 def glb_of(**changes) -> bytes:

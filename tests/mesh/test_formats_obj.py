@@ -1,8 +1,11 @@
 """Wavefront .obj: its dialects, and what survives the loss of faces."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from mesh.mesh_samples import torus
 
 from gencompress.files import FormatError
 from gencompress.mesh.formats import companions, describe, read_mesh, write_mesh
@@ -118,6 +121,43 @@ def test_layout_of_the_text(tmp_path):
         read(tmp_path, text, strict=True)
 
 
+def test_a_byte_order_mark_hides_no_vertex(tmp_path):
+    mesh = read(tmp_path, "\ufeffv 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nf 1 2 3\n", strict=True)
+    assert triangles(mesh) == [[[0, 0, 0], [1, 0, 0], [1, 1, 0]]]
+
+
+def test_colours_with_and_without_alpha(tmp_path):
+    text = "v 0 0 0 0.1 0.2 0.3\nv 1 0 0 0.1 0.2 0.3 0.4\nv 1 1 0\nf 1 2 3\n"
+    mesh = read(tmp_path, text)
+    write_mesh(tmp_path / "b.obj", mesh)
+    lines = (tmp_path / "b.obj").read_text().splitlines()
+    assert [line.count(" ") for line in lines] == [6, 7, 3, 3]
+    again = read_mesh(tmp_path / "b.obj")
+    torch.testing.assert_close(again.corners, mesh.corners, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("v 0 0 1_0", "the 'v' line is not made of numbers: '1_0'"),
+        ("v 0 \\\n 0,5 0", "the 'v' line is not made of numbers: '0,5'"),
+        ("v 0 0", "the 'v' line has 2 numbers, expected 3, 4, 6 or 7"),
+        ("vt 0 0 0 0", "the 'vt' line has 4 numbers, expected 1 to 3"),
+        ("vn 0 1", "the 'vn' line has 2 numbers, expected 3"),
+        ("f 1 2", "the 'f' line has 2 corners, expected at least 3"),
+        ("f 1 2 x3", "the 'f' line has a corner that is not v, v/vt, v//vn or v/vt/vn: 'x3'"),
+        ("f 1 1 1 1\nf 1 2 9", "a face names v 9, but there are 3 'v' lines"),
+        ("f 1 2 -4", "a face names v -4, but there are 3 'v' lines"),
+    ],
+)
+def test_errors_name_the_line(tmp_path, line, says):
+    head = "\ufeff# one\n\nv 0 \\\n0 0\r\nv 1 0 0 # five\n  \nv 1 1 0\ng a \\\r\nb\nf 1 2 3\n"
+    number = 12 if line.startswith("f 1 1 1 1") else 11
+    with pytest.raises(FormatError) as caught:
+        read(tmp_path, f"{head}{line}\nf 3 2 1\n")
+    assert caught.value.problem == f"line {number}: {says}"
+
+
 def test_colours_and_weights(tmp_path):
     mesh = read(tmp_path, "v 0 0 0 0.1 0.2 1\nv 1 0 0 0 0 0\nv 1 1 0 1 1 1\nf 1 2 3\n")
     assert mesh.corners["color"][0].tolist() == [[0.1, 0.2, 1], [0, 0, 0], [1, 1, 1]]
@@ -148,8 +188,6 @@ def test_names_that_are_not_utf8(tmp_path):
 
 def test_float32_digits_are_exact(tmp_path, generator):
     mesh = read(tmp_path, SEAM)
-    from dataclasses import replace
-
     single = torch.randn(4, 3, generator=generator)
     write_mesh(tmp_path / "b.obj", replace(mesh, vertices=single, source=None))
     again = read_mesh(tmp_path / "b.obj")
@@ -223,3 +261,16 @@ def test_agrees_with_trimesh(shared_data):
             np.testing.assert_allclose(np.ptp(found, axis=(0, 1)), np.ptp(other.vertices, axis=0))
             continue
         np.testing.assert_array_equal(found, other.triangles)
+
+
+def test_trimesh_reads_what_is_written(tmp_path, generator):
+    trimesh = pytest.importorskip("trimesh")
+    mesh = torus(5, 7)
+    uv = torch.rand(len(mesh), 3, 2, generator=generator, dtype=torch.float64)
+    uv[: len(mesh) // 2] = mesh.vertices[mesh.faces][: len(mesh) // 2, :, :2]  # seams in a half
+    write_mesh(tmp_path / "a.obj", replace(mesh, corners={"uv": uv}))
+    other = trimesh.load(tmp_path / "a.obj", force="mesh", process=False)
+    np.testing.assert_array_equal(other.triangles, mesh.vertices[mesh.faces])
+    np.testing.assert_array_equal(other.visual.uv[other.faces], uv)
+    again = read_mesh(tmp_path / "a.obj")
+    assert torch.equal(again.corners["uv"], uv) and len(again.vertices) == 35

@@ -124,7 +124,8 @@ def write_mesh(path: str | Path, mesh: TriMesh, *, overwrite: bool = False) -> N
         target = path.absolute().parent / file.relative_to(mesh.source.path.parent)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+            with writing(target) as part:
+                shutil.copyfile(file, part)
 
 
 def companions(mesh: TriMesh) -> list[Path]:

@@ -33,6 +33,8 @@ MAX_COMMENTS = 100  # lines before the first other one
 FACE_BYTES = np.zeros(256, bool)
 FACE_BYTES[np.frombuffer(b"0123456789+-/ \t\r\n\v\f", np.uint8)] = True
 MAX_DIGITS = 18  # of an index; more would overflow int64
+NUMBER = re.compile(rb"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan|inf(inity)?)", re.IGNORECASE)
+CORNER = re.compile(rb"[-+]?\d{1,18}((/[-+]?\d{1,18}){1,2}|//[-+]?\d{1,18})?/*")
 
 
 @dataclass(frozen=True)
@@ -133,21 +135,43 @@ def _numbers(path: Path, lines: Lines, keyword: str) -> tuple[Array, Array]:
         try:
             numbers = np.fromstring(text_of(lines, keyword), dtype=np.float64, sep=" ")
         except (ValueError, DeprecationWarning) as error:
-            raise FormatError(path, f"a {keyword!r} line is not made of numbers") from error
+            raise _unlike(path, lines, keyword, NUMBER, "is not made of numbers") from error
     if len(numbers) != counts.sum():
-        raise FormatError(path, f"a {keyword!r} line is not made of numbers")
+        raise _unlike(path, lines, keyword, NUMBER, "is not made of numbers")
     return numbers, counts
+
+
+def _unlike(
+    path: Path, lines: Lines, keyword: str, form: re.Pattern[bytes], problem: str
+) -> FormatError:
+    """The error about the first line of a keyword with a word of another form."""
+    for number in np.flatnonzero(lines.kinds == KEYWORDS[keyword]).tolist():
+        for word in lines.words(number):
+            if not form.fullmatch(word):
+                shown_word = word.decode("utf-8", "replace")
+                problem = f"{problem}: {shown_word!r:.40}"
+                return FormatError(path, f"{lines.place(number)}: the {keyword!r} line {problem}")
+    return FormatError(path, f"a {keyword!r} line {problem}")
+
+
+def _uneven(path: Path, lines: Lines, keyword: str, wrong: Array, expected: str) -> FormatError:
+    """The error about the first line of a keyword that has a `wrong` [N] bool count of words."""
+    number = np.flatnonzero(lines.kinds == KEYWORDS[keyword])[np.argmax(wrong)]
+    what = "corners" if keyword == "f" else "numbers"
+    count = lines.counts[number] - 1
+    return FormatError(
+        path,
+        f"{lines.place(number)}: the {keyword!r} line has {count} {what}, expected {expected}",
+    )
 
 
 def _table(path: Path, lines: Lines, keyword: str, least: int) -> Array:
     """The vt [N, 2 or 3] or vn [N, 3]; numbers that are missing are 0."""
     numbers, counts = _numbers(path, lines, keyword)
-    most = 3
-    if len(counts) and (counts.min() < least or counts.max() > most):
-        raise FormatError(
-            path, f"a {keyword!r} line has {counts.min()} to {counts.max()} numbers, "
-            f"expected {least} to {most}",
-        )  # fmt: skip
+    wrong = (counts < least) | (counts > 3)
+    if wrong.any():
+        expected = "3" if least == 3 else f"{least} to 3"
+        raise _uneven(path, lines, keyword, wrong, expected)
     width = max(2, int(counts.max(initial=2))) if keyword == "vt" else 3
     return _padded(numbers, counts, width, 0.0)
 
@@ -165,7 +189,7 @@ def _vertices(path: Path, lines: Lines) -> tuple[Array, dict[str, Array]]:
     numbers, counts = _numbers(path, lines, "v")
     wrong = ~np.isin(counts, (3, 4, 6, 7))
     if wrong.any():
-        raise FormatError(path, f"a 'v' line has {counts[wrong][0]} numbers, expected 3, 4, 6 or 7")
+        raise _uneven(path, lines, "v", wrong, "3, 4, 6 or 7")
     table = _padded(numbers, counts, int(counts.max(initial=3)), np.nan)
     extra = {}
     if (counts == 4).any():
@@ -183,12 +207,13 @@ def _faces(path: Path, lines: Lines) -> tuple[list[Array | None], Array, int]:
     if len(counts) == 0:
         raise FormatError(path, "has no faces")
     if counts.min() < 3:
-        raise FormatError(path, f"a face has {counts.min()} corners, expected at least 3")
+        raise _uneven(path, lines, "f", counts < 3, "at least 3")
     tokens = _tokens(raw)
     if tokens is None:  # some write `1/` or `1//` where there is nothing behind
         tokens = _tokens(np.frombuffer(re.sub(rb"/+(?=\s)", b"", raw.tobytes()), np.uint8))
     if tokens is None or len(tokens[1]) != counts.sum():
-        raise FormatError(path, "a face has a corner that is not v, v/vt, v//vn or v/vt/vn")
+        problem = "has a corner that is not v, v/vt, v//vn or v/vt/vn"
+        raise _unlike(path, lines, "f", CORNER, problem)
     numbers, places, has = tokens
     corner, polygon = fan(np.cumsum(counts) - counts, counts)
     index: list[Array | None] = [numbers[places[corner]]]
@@ -261,8 +286,8 @@ def _absolute(path: Path, lines: Lines, index: list[Any], rows: Array, polygon: 
             face, place = np.argwhere(wrong)[0]
             raise FormatError(
                 path,
-                f"a face names {keyword} {number[face, place]}, but there are {total} "
-                f"{keyword!r} lines",
+                f"{lines.place(rows[polygon[face]])}: a face names {keyword} "
+                f"{number[face, place]}, but there are {total} {keyword!r} lines",
             )
         result.append(zero)
     return result

@@ -10,6 +10,8 @@ import numpy as np
 from .common import Array
 
 KEYWORDS = {"other": 0, "v": 1, "vt": 2, "vn": 3, "f": 4}
+MARK = b"\xef\xbb\xbf"  # of UTF-8; in front of a `v` it would hide that line
+JOINT = b"\v"  # stands for the newline of a continued line: a blank that can be counted
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,25 @@ class Lines:
 
     def text(self, number: int) -> bytes:
         """A line of kind other, stripped, tabs as spaces."""
-        line = self.data[self.starts[number] : self.ends[number]].tobytes()
-        return line.strip().replace(b"\t", b" ")
+        return self._bytes(number).strip().replace(b"\t", b" ").replace(JOINT, b" ")
+
+    def words(self, number: int) -> list[bytes]:
+        """The words of a line, without a keyword of numbers."""
+        return self._bytes(number).split()
+
+    def place(self, number: int) -> str:
+        """Where a line is in the file, for an error."""
+        before = self.data[: self.starts[number]]
+        return f"line {1 + np.count_nonzero(before == 10) + np.count_nonzero(before == JOINT[0])}"
+
+    def _bytes(self, number: int) -> bytes:
+        return self.data[self.starts[number] : self.ends[number]].tobytes()
 
 
 def lines_of(data: bytes) -> Lines:
+    data = data.removeprefix(MARK)
     if b"\\" in data:
-        data = re.sub(rb"\\[ \t]*\r?\n", b" ", data)  # a continued line
+        data = re.sub(rb"\\[ \t]*\r?\n", JOINT, data)
     if b"\n" not in data:
         data = data.replace(b"\r", b"\n")
     text = np.frombuffer(data + b"\n\n\n", np.uint8).copy()

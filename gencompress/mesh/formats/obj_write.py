@@ -99,7 +99,7 @@ def _table(values: Array | None) -> tuple[Array, Array | None]:
 
 
 def _number_rows(key: str, columns: list[Array]) -> Iterator[bytes]:
-    """Lines of numbers. A column that is NaN in a row (a colour or w it has not) is left out."""
+    """Lines of numbers. What is NaN in a row (a colour, its alpha, or a w) is left out."""
     table = columns[0]
     if len(columns) > 1:
         given = ~np.isnan(np.concatenate(columns[1:], 1)).any(1)
@@ -127,9 +127,17 @@ def _digits(block: Array) -> list[str]:
 
 
 def _mixed_rows(key: str, columns: list[Array]) -> Iterator[bytes]:
-    texts = [[_digits(row[None]) if not np.isnan(row).any() else [] for row in c] for c in columns]
+    texts = [[_digits(row[None, : _given(row)]) for row in c] for c in columns]
     for row in zip(*texts, strict=True):
         yield f"{key} {' '.join(word for words in row for word in words)}\n".encode()
+
+
+def _given(row: Array) -> int:
+    """How many numbers of a row to write: all, a colour without its alpha, or none."""
+    missing = np.isnan(row)
+    if len(row) == 4 and missing[3] and not missing[:3].any():
+        return 3
+    return 0 if missing.any() else len(row)
 
 
 def _face_rows(vertex: Array, uv: Array | None, normal: Array | None):

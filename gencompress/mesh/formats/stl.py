@@ -7,6 +7,7 @@ anew from the vertices. The attribute bytes of a binary face are kept in `per_fa
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from .common import mesh_of, numpy_of
 
 RECORD = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
 HEADER = 80
-VERTEX = re.compile(rb"(?i)\bvertex\s")
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def read(path: Path, strict: bool = False) -> TriMesh:
 
 
 def _is_ascii(data: bytes) -> bool:
-    """Some binary files begin with `solid` as well; their size gives them away."""
-    if not data[:512].lstrip().lower().startswith(b"solid"):
+    """Some binary files begin with `solid` as well; zero bytes or their size give them away."""
+    if not data[:512].lstrip().lower().startswith(b"solid") or b"\0" in data[: HEADER + 4]:
         return False
     count = int.from_bytes(data[HEADER : HEADER + 4], "little")
     return len(data) != HEADER + 4 + count * RECORD.itemsize
@@ -63,30 +63,39 @@ def _soup(count: int) -> np.ndarray:
 
 
 def _read_ascii(path: Path, data: bytes) -> TriMesh:
+    if b"\n" not in data:
+        data = data.replace(b"\r", b"\n")
     title, _, body = data.lstrip()[len(b"solid") :].partition(b"\n")
-    facets = len(re.findall(rb"(?i)\bendfacet\b", body))
-    if not re.search(rb"(?i)\bendsolid\b", body):
+    text = body.lower()  # once; the patterns below need not ignore case
+    if not re.search(rb"endsolid\b", text):
         raise FormatError(path, "an ascii STL without its end: no endsolid")
-    text = re.sub(rb"(?im)^\s*(end)?solid\b.*$", b" ", body)
-    num_vertices = len(VERTEX.findall(text))
-    text = re.sub(rb"(?i)\b(facet\s+normal(\s+\S+){3})", b" ", text)
-    text = re.sub(rb"(?i)\b(outer\s+loop|endloop|endfacet|vertex)\b", b" ", text)
-    try:
-        numbers = np.array(text.split(), dtype=np.float64)
-    except ValueError as error:
-        raise FormatError(path, f"an ascii STL with words it should not have ({error})") from error
-    if num_vertices != 3 * facets or len(numbers) != 9 * facets:
+    text = re.sub(rb"(?m)^[^\S\n]*(?:end)?solid\b.*$", b" ", text)
+    facets, num_vertices = (len(re.findall(word, text)) for word in (rb"endfacet\b", rb"vertex\s"))
+    text = re.sub(rb"facet\s+normal\s+\S+\s+\S+\s+\S+", b" ", text)
+    text = re.sub(rb"outer\s+loop\b|endloop\b|endfacet\b", b" ", text)
+    text = re.sub(rb"vertex\s", b"inf ", text)  # a number, whose place is checked below
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # older numpy only warns
+        try:
+            numbers = np.fromstring(text, dtype=np.float64, sep=" ")
+        except (ValueError, DeprecationWarning) as error:
+            raise FormatError(path, "an ascii STL with words it should not have") from error
+    total = len(numbers) - num_vertices
+    if num_vertices != 3 * facets or total != 9 * facets:
         raise FormatError(
-            path, f"{facets} facets with {num_vertices} vertices and {len(numbers)} coordinates"
+            path, f"{facets} facets with {num_vertices} vertices and {total} coordinates"
         )
+    numbers = numbers.reshape(-1, 4)
+    if not np.isinf(numbers[:, 0]).all():
+        raise FormatError(path, "a vertex has not three coordinates")
     with np.errstate(over="ignore"):
-        points = numbers.reshape(-1, 3).astype(np.float32)
+        points = np.ascontiguousarray(numbers[:, 1:], np.float32)
     source = StlSource(title.strip()[:HEADER])
     return mesh_of(path, points, _soup(facets), {}, {}, (), source)
 
 
 def write(path: Path, mesh: TriMesh) -> None:
-    """float32 coordinates; uv, colours and parts are lost.
+    """float32 coordinates; uv, colours, parts and the face attributes of other formats are lost.
 
     Raises:
         ValueError: a coordinate is beyond float32.
@@ -99,7 +108,7 @@ def write(path: Path, mesh: TriMesh) -> None:
     rows = np.zeros(len(faces), RECORD)
     rows["corners"] = single[faces]
     rows["normal"] = face_normals(torch.from_numpy(single), torch.from_numpy(faces)).numpy()
-    if "attribute" in mesh.per_face:
+    if isinstance(mesh.source, StlSource) and "attribute" in mesh.per_face:
         rows["attribute"] = mesh.per_face["attribute"].cpu().numpy().reshape(-1)
     header = mesh.source.header if isinstance(mesh.source, StlSource) else b"binary STL"
     if header.lstrip().lower().startswith(b"solid"):
