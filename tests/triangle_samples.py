@@ -93,7 +93,7 @@ SCENES = {
     "crumpled": lambda: crumpled(1, 0.2, width=37, height=53, tilt=0.7),
     "slivers": slivers,
     "inside": inside_a_ball,
-    "one pixel": lambda: crumpled(0, 0.0, width=1, height=1, focal=1.0),
+    "one pixel": lambda: crumpled(0, 0.0, width=1, height=1, focal=6.0),
     "far": lambda: crumpled(1, 0.1, width=20, height=20, focal=3.0),
     "one face": lambda: flat([[3.2, 2.1], [17.3, 5.9], [8.8, 16.4]]),
     "wide": lambda: flat([[-40, -900], [700, 90], [-35, 900.0]], width=300, height=200),

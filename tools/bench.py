@@ -386,9 +386,9 @@ def bench_ply() -> Iterator[Row]:
         yield row("gsply", timed(lambda: gsply.plyread(str(path)), 5), raw, "against the bytes")
 
 
-def apart(function: str) -> dict[str, float]:
-    """What a function of this file returns in a process of its own, for its peak memory."""
-    code = f"import bench, json; print(json.dumps(bench.{function}()))"
+def apart(function: str, module: str = "bench") -> dict[str, float]:
+    """What a function of this folder returns in a process of its own, for its peak memory."""
+    code = f"import {module}, json; print(json.dumps({module}.{function}()))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
     )
@@ -417,13 +417,13 @@ def train_once() -> dict[str, float]:
     del cloud, sh, dc, means, quats, scales, opacities
     camera = Camera(torch.eye(4, dtype=torch.float64), 500.0, 500.0, 256.0, 256.0, 512, 512)
     target, training = Target(camera, torch.rand(512, 512, 3)), Training(steps=10, ramp=False)
-    before = _peak()
+    before = peak()
     times = []
     for _ in range(3):
         began = time.perf_counter()
         take_step(state, [target], training, None, torch.Generator())
         times.append(1000 * (time.perf_counter() - began))
-    return {"before": before, "step": min(times), "peak": _peak()}
+    return {"before": before, "step": min(times), "peak": peak()}
 
 
 def bench_scoring() -> Iterator[Row]:
@@ -438,7 +438,7 @@ def score_once() -> dict[str, float]:
     scene, (viewmat, lens, size, _) = splats(100_000, -4.4), view()
     rasterize_splats(*scene, viewmat, lens, 16, 16, statistics=True)
     splat_removal_errors(*scene, viewmat, lens, 16, 16)
-    before = _peak()
+    before = peak()
     result = {"before": before}
     for name, run in (
         ("statistics", lambda v: rasterize_splats(*scene, v, lens, size, size, statistics=True)),
@@ -450,13 +450,20 @@ def score_once() -> dict[str, float]:
             turned[0, 0, 3] = 0.02 * i
             run(turned)
         result[name] = 1000 * (time.perf_counter() - start)
-    return result | {"peak": _peak()}
+    return result | {"peak": peak()}
 
 
-def _peak() -> float:
+def peak() -> float:
     """Megabytes; the system counts in kilobytes, on macOS in bytes."""
     unit = 1e6 if sys.platform == "darwin" else 1e3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def bench_triangles() -> Iterator[Row]:
+    """Soft silhouettes, face coverage and z-buffer of spheres."""
+    from bench_triangles import rows
+
+    yield from rows()
 
 
 BENCHES = {
@@ -470,6 +477,7 @@ BENCHES = {
     "ply": bench_ply,
     "scoring": bench_scoring,
     "training": bench_training,
+    "triangles": bench_triangles,
 }
 
 

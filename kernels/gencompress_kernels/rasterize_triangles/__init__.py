@@ -14,6 +14,7 @@ from gencompress_kernels.rasterize_triangles.screen import Screen, project
 
 OP = "rasterize_triangles"
 SIGMA = 0.4  # px: softer would blur thin parts, sharper would alias (the choice of 0.3 to 0.5 px)
+FARTHEST = 1e18  # of a coordinate: products of two are finite
 MOST_POLYGONS = 4_000_000  # of the views that are worked on together: 64 MB
 
 
@@ -59,14 +60,14 @@ def silhouettes(
         vertices: float32 [V, 3], world. `reference` takes float64 everywhere too.
         faces: int64 [F, 3].
         viewmats: [C, 4, 4] world to camera; axes x right, y down, z forward.
-        intrinsics: [C, 3, 3], px; pixel centres at +0.5.
+        intrinsics: [C, 3, 3], px, last row 0 0 1; pixel centres at +0.5.
         sigma: softness, px.
         near: depth, in world units, at which faces are cut; None: a thousandth of the median
             depth of the vertices before the camera.
 
     Returns:
-        [C, H, W] in [0, 1]. Differentiable once in vertices, viewmats and intrinsics; the result
-        and the gradient are the same at any number of threads.
+        [C, H, W] in [0, 1]. Differentiable once in vertices, viewmats and intrinsics. The kernels
+        give the same bits at any number of threads; torch's products with the cameras may not.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, values are not finite, a face names a
@@ -75,7 +76,7 @@ def silhouettes(
     """
     _check(vertices, faces, viewmats, intrinsics, width, height, sigma, near)
     parts = []
-    for some in _views(len(viewmats), len(faces)):
+    for some in _views(len(viewmats), max(len(faces), len(vertices))):
         screen = project(vertices, faces, viewmats[some], intrinsics[some], near)
         count = len(viewmats[some])
         parts.append(
@@ -118,16 +119,17 @@ def face_coverage(
     height, width = masks.shape[1:]
     _check(vertices, faces, viewmats, intrinsics, width, height, sigma, near)
     check_tensor("masks", masks, (len(viewmats), height, width), vertices)
-    if masks.numel() and not (0 <= float(masks.min()) and float(masks.max()) <= 1):
+    if masks.numel() and not (float(masks.min()) >= 0 and float(masks.max()) <= 1):
         raise ValueError(f"masks from {float(masks.min())} to {float(masks.max())}, not in [0, 1]")
     parts = []
-    for some in _views(len(viewmats), len(faces)):
+    for some in _views(len(viewmats), max(len(faces), len(vertices))):
         screen = project(vertices, faces, viewmats[some], intrinsics[some], near)
         sums, peak, extent = _coverage(
             screen.points, screen.polygons, masks[some].contiguous(), sigma, cull, backend
         )
         columns = [sums[:, 0], sums[:, 1], peak, extent[:, 0], extent[:, 1]]
-        parts.append([column.view(-1, len(faces)) for column in columns])
+        count = len(viewmats[some])
+        parts.append([column.view(count, len(faces)) for column in columns])
     return Coverage(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -149,10 +151,10 @@ def visible(
     _check(vertices, faces, viewmats, intrinsics, width, height, SIGMA, near)
     parts = []
     with torch.no_grad():
-        for some in _views(len(viewmats), len(faces)):
+        for some in _views(len(viewmats), max(len(faces), len(vertices))):
             screen = project(vertices, faces, viewmats[some], intrinsics[some], near)
-            winner = _winners(screen, len(viewmats[some]), height, width, backend)
-            parts.append(_weighed(winner, vertices, faces, viewmats[some], intrinsics[some]))
+            cameras, size = (viewmats[some], intrinsics[some]), (height, width)
+            parts.append(_front(screen, vertices, faces, *cameras, size, backend))
     return Hits(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -181,6 +183,10 @@ def _check(
         ("intrinsics", intrinsics, (views, 3, 3)),
     ):
         check_tensor(name, tensor, shape, vertices)
+    if vertices.numel() and float(vertices.detach().abs().max()) > FARTHEST:
+        raise ValueError(
+            f"vertices reach {float(vertices.detach().abs().max()):.0e}, at most 1e18 fit"
+        )
     if faces.ndim != 2 or faces.shape[1] != 3 or faces.dtype != torch.int64:
         raise ValueError(f"faces: got {faces.dtype} {tuple(faces.shape)}, expected int64 [F, 3]")
     if faces.device != vertices.device:
@@ -193,8 +199,9 @@ def _check(
         raise ValueError("intrinsics: a focal length is not above 0")
 
 
-def _views(count: int, faces: int) -> list[slice]:
-    step = max(1, MOST_POLYGONS // max(faces, 1))
+def _views(count: int, rows: int) -> list[slice]:
+    """Views to work on together, for so many faces, or vertices if more, each."""
+    step = max(1, MOST_POLYGONS // max(rows, 1))
     return [slice(first, first + step) for first in range(0, count, step)]
 
 
@@ -309,7 +316,7 @@ def _(
 def _gathered(corners: Tensor, points: Tensor, polygons: Tensor) -> Tensor:
     """[P, 2]: each point's share, added in the order of the polygons."""
     # the fourth corner of a triangle is its third; rows of polygons that are not there hold 0
-    index = polygons.clamp(min=0).flatten().long()
+    index = polygons.clamp(min=0).flatten().long()  # torch adds by int32 14 times slower
     return torch.zeros_like(points).index_add_(0, index, corners.view(-1, 2))
 
 
@@ -343,36 +350,22 @@ _silhouettes.register_autograd(_pull_silhouettes, setup_context=_setup_silhouett
 _coverage.register_autograd(_pull_coverage, setup_context=_setup_coverage)
 
 
-def _winners(screen: Screen, views: int, height: int, width: int, backend: str | None) -> Tensor:
-    """int32 [C, H, W]"""
-    nearest = screen.points.new_empty(views, height, width)
-    winner = torch.empty(views, height, width, dtype=torch.int32, device=nearest.device)
-    run = dispatch.pick(OP, nearest.device, backend).visible
-    run(screen.points.contiguous(), screen.depths.contiguous(), screen.polygons, nearest, winner)
-    return winner
-
-
-def _weighed(
-    winner: Tensor, vertices: Tensor, faces: Tensor, viewmats: Tensor, intrinsics: Tensor
+def _front(
+    screen: Screen,
+    vertices: Tensor,
+    faces: Tensor,
+    viewmats: Tensor,
+    intrinsics: Tensor,
+    size: tuple[int, int],
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Faces, depths and weights: the ray of a pixel is a sum of the corners a, b, c of its face in
-    camera axes, with the weights (ray . b x c, ray . c x a, ray . a x b) up to a factor."""
-    view, row, column = (winner >= 0).nonzero(as_tuple=True)
+    """Faces, depths and weights as `Hits`."""
+    shape = len(viewmats), *size
+    winner = torch.empty(shape, dtype=torch.int32, device=vertices.device)
+    depths, weights = vertices.new_empty(shape), vertices.new_empty(*shape, 3)
+    run = dispatch.pick(OP, winner.device, backend)
+    run.visible(screen.points.contiguous(), screen.depths.contiguous(), screen.polygons, winner)
     seen = vertices @ viewmats[:, :3, :3].mT + viewmats[:, None, :3, 3]
-    corner = faces[winner[view, row, column].long()]
-    a, b, c = (seen[view, corner[:, k]] for k in range(3))
-    y, x = (torch.arange(size).to(vertices) + 0.5 for size in winner.shape[1:])
-    pixels = torch.stack([*torch.meshgrid(x, y, indexing="xy"), x.new_ones(len(y), len(x))], 2)
-    rays = pixels @ torch.linalg.inv(intrinsics).mT[:, None]  # [C, H, W, 3]
-    ray = rays[view, row, column]
-    raw = [(ray * torch.linalg.cross(*pair)).sum(1) for pair in ((b, c), (c, a), (a, b))]
-    weight = torch.stack(raw, 1)
-    weight = weight / weight.sum(1, keepdim=True)
-    # on an edge rounding may leave a weight a little below 0
-    weight = weight.clamp(min=0)
-    weight = weight / weight.sum(1, keepdim=True)
-    weights = vertices.new_zeros(*winner.shape, 3)
-    depths = vertices.new_full(winner.shape, torch.inf)
-    weights[view, row, column] = weight
-    depths[view, row, column] = (weight * torch.stack([a[:, 2], b[:, 2], c[:, 2]], 1)).sum(1)
+    inverse = torch.linalg.inv(intrinsics)
+    run.weigh(winner, seen, faces.contiguous(), inverse.contiguous(), depths, weights)
     return winner, depths, weights

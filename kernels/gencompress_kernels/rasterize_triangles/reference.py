@@ -95,17 +95,16 @@ def coverage_backward(
             out[here][_within(points, some, masks[view], sigma)] = 0
 
 
-def visible(
-    points: Tensor, depths: Tensor, polygons: Tensor, nearest: Tensor, winner: Tensor
-) -> None:
-    """Fills nearest [C, H, W] with the smallest depth at each pixel centre (infinity: none) and
-    winner, int32, with the face it belongs to, the lower of equal ones (-1: none)."""
-    nearest.fill_(math.inf)
+def visible(points: Tensor, depths: Tensor, polygons: Tensor, winner: Tensor) -> None:
+    """Fills winner [C, H, W], int32, with the polygon of the smallest depth at each pixel centre,
+    the lower of equal ones (-1: none)."""
     winner.fill_(-1)
-    height, width = nearest.shape[1:]
-    for view, some, first in _chunks(polygons, nearest, True):
+    height, width = winner.shape[1:]
+    nearest = points.new_full(winner.shape, math.inf)
+    for view, some, first in _chunks(polygons, winner, True):
         there = some[:, 0] >= 0
-        corners = points[some.clamp(min=0).long()].double()
+        index = some.clamp(min=0).long()
+        corners = points[index].double()
         area = _area(corners)
         y, x = _centres(corners, height, width)
         inside = torch.ones(len(some), height, width, dtype=torch.bool, device=points.device)
@@ -114,12 +113,38 @@ def visible(
             cross = ex[:, None, None] * (y - _at(a, 1)) - ey[:, None, None] * (x - _at(a, 0))
             inside &= cross * area.sign()[:, None, None] >= 0
         inside &= (there & (area != 0))[:, None, None]
-        depth = _depths(corners, depths[some.clamp(min=0).long()].double(), x, y)
+        depth = _depths(corners, depths[index].double(), x, y)
         depth = torch.where(inside, depth.to(nearest.dtype), math.inf)
         best, index = depth.min(0)
         closer = best < nearest[view]
         nearest[view] = torch.where(closer, best, nearest[view])
         winner[view] = torch.where(closer, (index + first).to(torch.int32), winner[view])
+
+
+def weigh(
+    winner: Tensor, seen: Tensor, faces: Tensor, inverse: Tensor, depths: Tensor, weights: Tensor
+) -> None:
+    """Fills depths [C, H, W] (infinity: none) and weights [C, H, W, 3] (0: none) of the faces that
+    won. seen [C, V, 3] in camera axes, inverse [C, 3, 3] of the intrinsics.
+
+    The ray of a pixel is a sum of the corners a, b, c of its face, with the weights (ray . b x c,
+    ray . c x a, ray . a x b) up to a factor.
+    """
+    view, row, column = (winner >= 0).nonzero(as_tuple=True)
+    corner = faces[winner[view, row, column].long()]
+    a, b, c = (seen[view, corner[:, k]].double() for k in range(3))
+    pixel = torch.stack([column + 0.5, row + 0.5, torch.ones_like(row)], 1).double()
+    ray = (inverse[view].double() @ pixel[..., None])[..., 0]
+    raw = [(ray * torch.linalg.cross(*pair)).sum(1) for pair in ((b, c), (c, a), (a, b))]
+    weight = torch.stack(raw, 1)
+    # on an edge rounding may leave a weight a little below 0
+    weight = (weight * weight.sum(1, keepdim=True).sign()).clamp(min=0)
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-300)
+    depths.fill_(math.inf)
+    weights.fill_(0)
+    weights[view, row, column] = weight.to(weights.dtype)
+    depth = (weight * torch.stack([a[:, 2], b[:, 2], c[:, 2]], 1)).sum(1)
+    depths[view, row, column] = depth.to(depths.dtype)
 
 
 def _chunks(polygons: Tensor, pictures: Tensor, number: bool = False):
@@ -232,7 +257,7 @@ def _primitive(y: Tensor, height: int) -> Tensor:
 
 
 def _depths(corners: Tensor, depths: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """[Q, H, W]: 1 / depth is linear in the picture; the larger half of a quadrilateral says how."""
+    """[Q, H, W]: 1 / depth is linear in the picture; the larger half of a polygon says how."""
     first, second = corners[:, [0, 1, 2]], corners[:, [0, 2, 3]]
     one, two = depths[:, [0, 1, 2]], depths[:, [0, 2, 3]]
     larger = _cross(second).abs() > _cross(first).abs()
@@ -245,7 +270,9 @@ def _depths(corners: Tensor, depths: Tensor, x: Tensor, y: Tensor) -> Tensor:
         a, b = c[:, (k + 1) % 3], c[:, (k + 2) % 3]
         ex, ey = _at(b - a, 0), _at(b - a, 1)
         total += inverse[:, k, None, None] * (ex * (y - _at(a, 1)) - ey * (x - _at(a, 0))) / area
-    return 1 / total
+    # rounding must not leave the corners of a sliver
+    low, high = depths.amin(1)[:, None, None], depths.amax(1)[:, None, None]
+    return torch.minimum(torch.maximum(1 / total, low), high)
 
 
 def _cross(c: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 NEAR = 1e-3  # of the median depth of what lies in front: nearer than this, a face is cut
+FARTHEST = 1e15  # px: squares of it, and areas, are finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +37,16 @@ def project(
     points = [_pixels(safe, intrinsics).flatten(0, 1)]
     depths = [safe[..., 2].flatten()]
     first = vertices.shape[0] * torch.arange(len(viewmats), device=faces.device)
-    corners = (faces + first[:, None, None]).flatten(0, 1)  # [C * F, 3]
+    polygons = (_four(faces) + first.to(torch.int32)[:, None, None]).flatten(0, 1)  # [C * F, 4]
     if bool(front.all()):
-        return Screen(points[0], depths[0], _four(corners))
-    inside = front.flatten()[corners]
-    number = inside.sum(1)
-    polygons = torch.where((number == 3)[:, None], _four(corners), -1)
+        return Screen(points[0], depths[0], polygons)
+    inside = front[:, faces].flatten(0, 1)
+    number = inside.sum(1, dtype=torch.int32)
+    polygons.masked_fill_((number == 0)[:, None], -1)
     cut = ((number == 1) | (number == 2)).nonzero().squeeze(1)
     if cut.numel():
         view = cut // max(faces.shape[0], 1)
-        corner = _turned(corners[cut], inside[cut])
+        corner = _turned(polygons[cut, :3].long(), inside[cut])
         a, b, c = (seen.flatten(0, 1)[corner[:, k]] for k in range(3))
         one = number[cut] == 1
         # one in front: a, then where ab and ac meet the plane; two: a, b, then bc and ac
@@ -62,15 +63,15 @@ def project(
 
 def _near(depths: Tensor, near: float | None) -> Tensor:
     """[C] the depth of the near plane of each camera, for depths [C, V]."""
-    if near is not None:
-        return depths.new_full((len(depths),), near)
+    if near is not None or depths.shape[1] == 0:
+        return depths.new_full((len(depths),), 1.0 if near is None else near)
     ahead = torch.where(depths > 0, depths, torch.nan)
     return torch.nan_to_num(NEAR * ahead.nanmedian(dim=1).values, nan=1.0)
 
 
 def _pixels(seen: Tensor, intrinsics: Tensor) -> Tensor:
     """[C, M, 3] in camera axes -> [C, M, 2] in px."""
-    return (seen @ intrinsics[:, :2].mT) / seen[..., 2:]
+    return ((seen @ intrinsics[:, :2].mT) / seen[..., 2:]).clamp(-FARTHEST, FARTHEST)
 
 
 def _four(corners: Tensor) -> Tensor:
