@@ -7,7 +7,7 @@ surface that the deformation starts from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from gencompress.mesh.formats import FORMATS, suffix_format, write_mesh
 from gencompress.mesh.masks import MaskViews
 from gencompress.mesh.method import load_views, restore, sample
 from gencompress.mesh.prune import prune
-from gencompress.mesh.refine import Settings, refine
+from gencompress.mesh.refine import PRUNED, Settings, refine
 from gencompress.mesh.score import iou, workplace
 from gencompress.mesh.shapes import MOST_LEVEL, hull_about, sphere_about
 from gencompress.mesh.surface import TriMesh
@@ -124,7 +124,7 @@ def compress(
         log.extend({**row, "stage": done} for row in rows)
         return moved
 
-    mesh = move(mesh, Settings(steps=config.steps, holes=False))
+    mesh = move(mesh, Settings(steps=config.steps))
     log.append(_point("deformed", mesh, data.test))
     work = workplace(data.score, config.size, config.dilate)
     for cycle in range(1, config.cycles + 1):
@@ -132,7 +132,7 @@ def compress(
         mesh = state.mesh
         log += [*rounds, _point(f"pruned, cycle {cycle}", mesh, data.test)]
         if config.refine:
-            mesh = move(mesh, Settings(steps=config.refine, coarse=0))
+            mesh = move(mesh, replace(PRUNED, steps=config.refine))
             log.append(_point(f"refined, cycle {cycle}", mesh, data.test))
     return Compressed(mesh, {}, {}, log)
 

@@ -20,7 +20,6 @@ import math
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -98,12 +97,22 @@ def resized(views: MaskViews, size: int) -> MaskViews:
     if longer == size:
         return views
     new = tuple(max(1, round(side * size / longer)) for side in (height, width))
-    how: dict[str, Any] = (
-        {"mode": "area"} if size < longer else {"mode": "bilinear", "align_corners": False}
-    )
-    masks = functional.interpolate(views.masks[:, None], new, **how)[:, 0].clamp(0, 1)
+    if size < longer:
+        down, across = _shares(height, new[0]), _shares(width, new[1])
+        masks = (down @ views.masks @ across.T).clamp(0, 1)
+    else:
+        finer = functional.interpolate(views.masks[:, None], new, mode="bilinear")
+        masks = finer[:, 0].clamp(0, 1)
     scale = views.intrinsics.new_tensor([new[1] / width, new[0] / height, 1.0])
     return replace(views, masks=masks, intrinsics=views.intrinsics * scale[:, None], colors=None)
+
+
+def _shares(old: int, new: int) -> Tensor:
+    """[new, old] the share of each old pixel in the new ones along one side; rows sum to 1."""
+    ends = torch.arange(new + 1, dtype=torch.float64) * old / new
+    pixel = torch.arange(old, dtype=torch.float64)
+    reach = torch.minimum(ends[1:, None], pixel + 1) - torch.maximum(ends[:-1, None], pixel)
+    return (reach.clamp(min=0) * new / old).float()
 
 
 def dilated(masks: Tensor, radius: int) -> Tensor:
@@ -235,11 +244,11 @@ def _poses(arrays: dict[str, np.ndarray], count: int, path: Path) -> Tensor:
     """[N, 4, 4] float64, world to camera with OpenCV axes."""
     if "c2w" in arrays:
         c2w = torch.from_numpy(_get(arrays, "c2w", (count, 4, 4), path))
-        _check_rigid(c2w[:, :3, :3], path)
+        _check_rigid(c2w, path)
         return torch.linalg.inv(c2w @ OPENGL)
     if "w2c" in arrays:
         w2c = torch.from_numpy(_get(arrays, "w2c", (count, 4, 4), path))
-        _check_rigid(w2c[:, :3, :3], path)
+        _check_rigid(w2c, path)
         return w2c
     if "R" in arrays:
         turns = torch.from_numpy(_get(arrays, "R", (count, 3, 3), path))
@@ -320,7 +329,15 @@ def _get(
     return np.array(found, np.float64)
 
 
-def _check_rigid(turns: Tensor, path: Path) -> None:
+def _check_rigid(poses: Tensor, path: Path) -> None:
+    """Of rotations [N, 3, 3] or rigid motions [N, 4, 4]."""
+    turns = poses[:, :3, :3]
     off = (turns.mT @ turns - torch.eye(3, dtype=turns.dtype)).abs().amax((1, 2))
+    off = torch.where(torch.linalg.det(turns) > 0, off, torch.inf)
     if float(off.max()) > RIGID:
         raise FormatError(path, f"camera {int(off.argmax())}: its axes are no rotation")
+    if poses.shape[1] == 4:
+        odd = (poses[:, 3] != poses.new_tensor([0.0, 0.0, 0.0, 1.0])).any(1)
+        if bool(odd.any()):
+            at = int(odd.int().argmax())
+            raise FormatError(path, f"camera {at}: the last row is not 0 0 0 1")

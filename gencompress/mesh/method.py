@@ -311,13 +311,8 @@ def _refined(
     progress: Progress,
 ) -> tuple[State, list[dict[str, Any]]]:
     """Vertices moved towards the masks; no face comes or goes."""
-    from gencompress.mesh.refine import Settings, refine
+    from gencompress.mesh.refine import PRUNED, refine
 
-    mesh, log = refine(
-        state.mesh,
-        data.score,
-        Settings(steps=config.refine, coarse=0),
-        generator,
-        progress=progress,
-    )
+    how = replace(PRUNED, steps=config.refine)
+    mesh, log = refine(state.mesh, data.score, how, generator, progress=progress)
     return State(mesh, state.origin), log

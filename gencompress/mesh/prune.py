@@ -39,36 +39,56 @@ def prune(
 ) -> tuple[State, list[dict[str, Any]]]:
     """Removes the faces that the masks speak against, tau after tau.
 
-    A round removes the worst faces, at most `config.cap` of the input's, and is kept if the mean
-    IoU stays within `config.slack` of the best so far; else half of them, five times at most.
-    Before the last tau, faces across the silhouette are split in four where that frees a part.
+    A round removes the worst faces, at most `config.cap` of all, and is kept if the mean IoU stays
+    within `config.slack` of the best so far; else half of them, five times at most. Before the last
+    tau, faces across the silhouette are split in four where that frees a part. Then all taus once
+    more and so on, until nothing goes: what was put back at first may go later, and a second run
+    with the result finds no more.
 
     Returns the mesh, and a row of the log for each round.
     """
     state = State(mesh, torch.arange(len(mesh)))
     log: list[dict[str, Any]] = []
     best = _iou(state, work)
-    most = max(1, int(config.cap * len(mesh)))
-    for number, tau in enumerate(config.taus):
-        if config.subdivide and number == len(config.taus) - 1 and log:
-            state = _split(state, work, config, tau)
-        while len(log) < config.rounds:
-            errors = badness(state.mesh.vertices, state.mesh.faces, work, config.judge, tau)
-            wrong = (errors >= limit(config.judge, tau)).nonzero().squeeze(1)
-            wrong = wrong[errors[wrong].argsort(descending=True, stable=True)]
-            if not len(wrong):
-                break
-            after = _attempt(state, wrong[:most], work, config, best - config.slack)
-            if after is None:
-                break
-            found = _iou(after, work)
-            log.append(_row(len(log) + 1, tau, state, after, found))
-            progress(f"pruning: round {len(log)}, {len(after.mesh):,} faces, IoU {found:.4f}")
-            ended = len(wrong) <= most and found - best < GAIN
-            state, best = after, max(best, found)
-            if ended:
-                break
+    said = -1
+    while len(log) > said:
+        first, said = said < 0, len(log)
+        most = max(1, int(config.cap * len(state.mesh)))
+        for number, tau in enumerate(config.taus):
+            if first and config.subdivide and number == len(config.taus) - 1 and log:
+                state = _split(state, work, config, tau)
+            state, best = _rounds(state, work, config, tau, best, most, log, progress)
     return state, log
+
+
+def _rounds(
+    state: State,
+    work: Work,
+    config: Config,
+    tau: float,
+    best: float,
+    most: int,
+    log: list[dict[str, Any]],
+    progress: Progress,
+) -> tuple[State, float]:
+    """Rounds of one tau, each added to the log: the mesh after them and the best IoU."""
+    while len(log) < config.rounds:
+        errors = badness(state.mesh.vertices, state.mesh.faces, work, config.judge, tau)
+        wrong = (errors >= limit(config.judge, tau)).nonzero().squeeze(1)
+        wrong = wrong[errors[wrong].argsort(descending=True, stable=True)]
+        if not len(wrong):
+            break
+        after = _attempt(state, wrong[:most], work, config, best - config.slack)
+        if after is None:
+            break
+        found = _iou(after, work)
+        log.append(_row(len(log) + 1, tau, state, after, found))
+        progress(f"pruning: round {len(log)}, {len(after.mesh):,} faces, IoU {found:.4f}")
+        ended = len(wrong) <= most and found - best < GAIN
+        state, best = after, max(best, found)
+        if ended:
+            break
+    return state, best
 
 
 def _attempt(state: State, wrong: Tensor, work: Work, config: Config, least: float) -> State | None:

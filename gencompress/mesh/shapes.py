@@ -1,4 +1,4 @@
-"""Closed surfaces to start from: a sphere, a convex hull in even triangles, and both about masks."""
+"""Closed surfaces to start from: a sphere, an even convex hull, and both about what masks show."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def hull(points: Tensor, level: int = 4) -> TriMesh:
     low, high = corners.min(0), corners.max(0)
     middle = corners.mean(0)
     normals = found.equations[:, :3]
-    planes = normals / -(normals @ middle + found.equations[:, 3])[:, None]  # d on it: 1 = plane . d
+    planes = (
+        normals / -(normals @ middle + found.equations[:, 3])[:, None]
+    )  # d on it: 1 = plane . d
     mesh = icosphere(level)
     first, second = edge_table(mesh.faces)[0].numpy().T
     degree = np.bincount(np.concatenate([first, second]))[:, None]
