@@ -110,12 +110,12 @@ def compress(
     stopped there. The log has the held-out IoU after each stage."""
     if not (budget.relative and budget.amount == 1):
         raise ValueError("fit mesh: a budget is not held; `level` says how many triangles to start")
-    log: list[dict[str, Any]] = []
-    done = 0
+    log = _points(0, "start", mesh, data.test)
+    done = steps = 0
 
     def move(mesh: TriMesh, settings: Settings) -> TriMesh:
-        nonlocal done
-        done += 1
+        nonlocal done, steps
+        done, steps = done + 1, steps + settings.steps
         mark = f"{config} seed {generator.initial_seed()}, {len(data.score)} masks, stage {done}"
         point = Checkpoint(workdir / f"stage{done}.safetensors", mark)
         moved, rows = refine(
@@ -125,24 +125,28 @@ def compress(
         return moved
 
     mesh = move(mesh, Settings(steps=config.steps))
-    log.append(_point("deformed", mesh, data.test))
+    log += _points(steps, "deformed", mesh, data.test)
     work = workplace(data.score, config.size, config.dilate)
-    for cycle in range(1, config.cycles + 1):
+    for _ in range(config.cycles):
         state, rounds = prune(mesh, work, config.pruning, progress)
         mesh = state.mesh
-        log += [*rounds, _point(f"pruned, cycle {cycle}", mesh, data.test)]
+        log += [*rounds, *_points(steps, "pruned", mesh, data.test)]
         if config.refine:
             mesh = move(mesh, replace(PRUNED, steps=config.refine))
-            log.append(_point(f"refined, cycle {cycle}", mesh, data.test))
+            log += _points(steps, "refined", mesh, data.test)
     return Compressed(mesh, {}, {}, log)
 
 
-def _point(stage: str, mesh: TriMesh, views: MaskViews) -> dict[str, Any]:
-    return {
-        "kind": "curve", "series": stage, "x": len(mesh), "x_name": "faces", "x_unit": "",
-        "y": float(iou(mesh.vertices, mesh.faces, views).mean()),
-        "y_name": "held-out silhouette IoU", "y_unit": "",
-    }  # fmt: skip
+def _points(steps: int, stage: str, mesh: TriMesh, views: MaskViews) -> list[dict[str, Any]]:
+    """Held-out IoU and faces after so many steps: a point of each curve, and an event."""
+    found = float(iou(mesh.vertices, mesh.faces, views).mean())
+    point = {"kind": "curve", "x": steps, "x_name": "step", "x_unit": "", "y_unit": ""}
+    name = "silhouette IoU, held out"
+    return [
+        {**point, "series": "IoU", "y": found, "y_name": name},
+        {**point, "series": "faces", "y": len(mesh), "y_name": "faces"},
+        {"kind": "event", "event": stage, "step": steps, "faces": len(mesh), "iou": found},
+    ]
 
 
 def compare(
@@ -153,8 +157,8 @@ def compare(
     generator: torch.Generator,
     progress: Progress = quiet,
 ) -> list[dict[str, Any]]:
-    """The start, beside the stages that the log has."""
-    return [_point("start", before, data.test)]
+    """Nothing: the log has the stages already."""
+    return []
 
 
 def predict(mesh: TriMesh, data: Data, budget: Budget, config: Config) -> dict[str, int]:

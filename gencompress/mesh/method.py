@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencompress.core.allocate import Budget
+from gencompress.core.allocate import ROUNDING, Budget
 from gencompress.core.mask import Compressed, Mask
 from gencompress.core.units import Scores, Slice, Units
 from gencompress.files import FormatError
@@ -160,14 +160,14 @@ def compress(
         state, more = _refined(state, data, config, generator, progress)
         log.extend(more)
     wrong = len(state.mesh)
-    most = count_within(mesh, state.mesh, budget, data.suffix)
-    if config.hidden or (most is not None and len(state.mesh) > most):
+    fits = within(mesh, budget, data.suffix)
+    if config.hidden or not fits(state.mesh):
         progress("looking for faces that no view sees")
-        state = without_hidden(state, work, None if config.hidden else most)
-    if most is not None and len(state.mesh) > most:
+        state = without_hidden(state, work, None if config.hidden else fits)
+    if not fits(state.mesh):
         raise ValueError(
-            f"the budget leaves {most:,} faces and {len(state.mesh):,} of {len(mesh):,} are right "
-            "and seen: the masks speak against no more. Decimate what is left, it is good surface"
+            f"the budget asks for less: {len(state.mesh):,} of {len(mesh):,} faces are right and "
+            "seen, the masks speak against no more. Decimate what is left, it is good surface"
         )
     log.append(
         {
@@ -184,20 +184,17 @@ def compress(
     return Compressed(state.mesh, {"main": Mask({GROUP: keep})}, found, log)
 
 
-def count_within(before: TriMesh, after: TriMesh, budget: Budget, suffix: str) -> int | None:
-    """Most faces that a budget allows; None for 100%."""
+def within(before: TriMesh, budget: Budget, suffix: str) -> Callable[[TriMesh], bool]:
+    """Whether a mesh is small enough: its faces, or its bytes as a file with this suffix."""
     if budget.relative and budget.amount >= 1:
-        return None
+        return lambda mesh: True
     if budget.unit == "units":
-        return int(budget.amount * len(before)) if budget.relative else int(budget.amount)
+        most = int(budget.amount * (len(before) if budget.relative else 1) + ROUNDING)
+        return lambda mesh: len(mesh) <= most
     if budget.unit != "bytes":
         raise ValueError(f"a budget in {budget.unit}: faces are counted, or weighed in bytes")
-    limit_ = budget.amount * (quality.encoded_bytes(before, suffix) if budget.relative else 1)
-    count, size = len(after), quality.encoded_bytes(after, suffix)
-    while size > limit_ and count > 0:
-        count = min(count - 1, int(count * limit_ / size))
-        size = quality.encoded_bytes(take(after, torch.arange(count)), suffix)
-    return count
+    size = budget.amount * (quality.encoded_bytes(before, suffix) if budget.relative else 1)
+    return lambda mesh: quality.encoded_bytes(mesh, suffix) <= size
 
 
 def compare(

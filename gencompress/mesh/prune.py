@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,18 +225,29 @@ def hidden(mesh: TriMesh, work: Work) -> Tensor:
     return unseen
 
 
-def without_hidden(state: State, work: Work, most: int | None) -> State:
-    """Without the faces that no view sees: all of them, or the smallest until `most` are left."""
+def without_hidden(
+    state: State, work: Work, fits: Callable[[TriMesh], bool] | None = None
+) -> State:
+    """Without the faces that no view sees: all of them, or as few as `fits` asks for, the smallest
+    first (all, too, where even that does not fit)."""
     mesh = state.mesh
     index = hidden(mesh, work).nonzero().squeeze(1)
-    if most is not None:
-        small = face_areas(mesh.vertices, mesh.faces)[index].argsort(stable=True)
-        index = index[small[: max(0, len(mesh) - most)]]
+    index = index[face_areas(mesh.vertices, mesh.faces)[index].argsort(stable=True)]
     if not len(index):
         return state
-    keep = torch.ones(len(mesh), dtype=torch.bool)
-    keep[index] = False
-    return State(take(mesh, keep.nonzero().squeeze(1)), state.origin[keep])
+
+    def cut(count: int) -> State:
+        keep = torch.ones(len(mesh), dtype=torch.bool)
+        keep[index[:count]] = False
+        return State(take(mesh, keep.nonzero().squeeze(1)), state.origin[keep])
+
+    few, many = 0, len(index)
+    if fits is None or not fits(cut(many).mesh):
+        return cut(many)
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if fits(cut(middle).mesh) else (middle, many)
+    return cut(many)
 
 
 def _iou(state: State, work: Work) -> float:

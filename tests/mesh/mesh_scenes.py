@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mesh.mesh_samples import moved, torus
+from mesh.mesh_samples import torus
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
@@ -171,7 +171,3 @@ def shifted(found: MaskViews, by: tuple[float, float, float]) -> MaskViews:
     viewmats = found.viewmats.clone()
     viewmats[:, :3, 3] -= viewmats[:, :3, :3] @ torch.tensor(by, dtype=torch.float64)
     return MaskViews(viewmats, found.intrinsics, found.masks, found.names, found.colors)
-
-
-def shifted_mesh(mesh: TriMesh, by: tuple[float, float, float]) -> TriMesh:
-    return moved(mesh, *by)
