@@ -94,3 +94,58 @@ def test_what_the_photos_say_of_themselves():
     folder = scenes.resolve("still_life_photos")
     assert found["bytes"] == sum(file.stat().st_size for file in folder.rglob("*.png"))
     assert found["capture"] == str(folder)
+
+
+@pytest.fixture
+def companion(places):
+    """A scene that names masks and a truth, and the capture."""
+    (places / "second" / "photos").mkdir()
+    (places / "second" / "photos" / "scene.toml").write_text('kind = "capture"\n')
+    (places / "second" / "photos" / "transforms.json").write_text("{}")
+    folder = places / "second" / "two"
+    text = 'kind = "mesh"\nfile = "x.ply"\nviews = "photos"\ntruth = "../../secret.ply"\n'
+    (folder / "scene.toml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["two", "scenes/two", "./two"])
+def test_a_scene_brings_its_views_and_its_truth(companion, form):
+    found = scenes.companions(form)
+    assert found["views"] == str(companion.parent / "photos")
+    assert found["truth"] == str(companion / "secret.ply")  # beside it, whatever it says
+    assert scenes.companions("one") == {}
+
+
+def test_a_path_brings_nothing(companion):
+    for path in (companion, companion / "x.ply"):
+        assert scenes.companions(path) == {}
+    Path("two").write_text("mine")
+    assert scenes.companions("two") == {}
+    with pytest.raises(FileNotFoundError):
+        scenes.companions("three")
+
+
+def test_what_is_given_comes_before_what_a_scene_brings(companion, monkeypatch):
+    from gencompress import run
+    from gencompress.core.budget import parse_budget
+    from gencompress.recipe import Recipe
+
+    class Package:
+        @staticmethod
+        def load(target, data, *rest):
+            return target, data
+
+    mine = Path("mine.ply")
+    mine.write_text("")
+    given = Recipe("mesh", "two", parse_budget("100%"), {"truth": str(mine)}, {}, 0)
+    target, data = run._load(Package, given, None, False)
+    assert target == str(companion / "x.ply")
+    assert data == {"views": str(companion.parent / "photos"), "truth": str(mine)}
+
+
+def test_the_real_ones_bring_theirs():
+    for name in ("chair", "mug"):
+        found = scenes.companions(name)
+        assert Path(found["views"]) == scenes.resolve(f"{name}_views")
+        assert Path(found["truth"]).is_file()
+    assert scenes.companions("still_life") == {}

@@ -23,7 +23,7 @@ class Config:
     k: int = 0  # of kth; 0: max(2, 5% of the views), 1 with fewer than four
     vote: float = 0.1  # share of the views that must agree
     taus: tuple[float, ...] = (0.7, 0.5, 0.4)  # errors from which a face goes, one after the other
-    cap: float = 0.1  # share of the input's faces that one round may remove
+    cap: float = 0.1  # share of the faces that one round may remove
     rounds: int = 40  # of removing, in all
     slack: float = 0.002  # IoU that pruning may cost; what costs more is put back
     dilate: int = 1  # px of the masks that score, towards outside; 2 for noisy ones

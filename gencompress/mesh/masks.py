@@ -10,7 +10,7 @@ and the cameras in one of these ways:
 - `distance_elevation_azimuth` [N, 3], degrees, around the origin with y up, as SoftRas writes it.
 
 Lens: `K` [3, 3] or [N, 3, 3] in px, or `fov_deg`, the whole angle of view along the shorter side
-(SoftRas: 60 where there is none). With `center` [3] and `scale` the cameras see
+(SoftRas: 30 where there is none). With `center` [3] and `scale` the cameras see
 (x - center) * scale; views are brought to the mesh's own units.
 """
 
@@ -34,7 +34,7 @@ from gencompress.views.photos import Photo, load_photos
 
 OPENGL = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
 PYTORCH3D = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
-SOFTRAS_FOV = 60.0  # degrees: its viewing_angle of 30 is half of the angle
+SOFTRAS_FOV = 30.0  # degrees: its demo of deformation has a viewing_angle of 15, half of it
 MOST_PIXELS = 2**31  # of all masks of a file
 RIGID = 1e-3  # on R^T R - 1
 

@@ -235,6 +235,28 @@ def test_near_plane_cuts_as_an_explicitly_cut_mesh(backend):
     assert torch.allclose(draw(whole, backend=backend), given, atol=1e-4) and given.min() > 0.5
 
 
+def test_a_face_behind_the_camera_leaves_no_trace(backend):
+    """Not even where a vertex behind is put out of harm's way, which a short lens would show."""
+    scene = flat([[0, 0], [1, 0], [0, 1]], width=40, height=40)
+    scene["vertices"][:, 2] = -3
+    scene["intrinsics"] = torch.tensor([[[10.0, 0, 20], [0, 10, 20], [0, 0, 1]]])
+    assert float(draw(scene, backend=backend).abs().max()) == 0
+    found = cover(scene, torch.zeros(1, 40, 40), backend=backend)
+    for values in (found.area, found.outside, found.peak, found.extent, found.size):
+        assert float(values.abs().max()) == 0
+
+
+def test_the_near_plane_is_a_thousandth_of_the_median_depth(backend):
+    scene = flat([[0, 0], [1, 0], [0, 1], [0.5, 0.5]], torch.tensor([[0, 1, 2], [0, 2, 3]]))
+    scene["vertices"][:, 2] = torch.tensor([-1.0, 2, 4, 6])
+    default = cover(scene, torch.zeros(1, 20, 24), backend=backend).size
+    same, other = (
+        cover(scene, torch.zeros(1, 20, 24), backend=backend, near=near).size
+        for near in (4e-3, 8e-3)
+    )
+    assert torch.equal(default, same) and not torch.equal(default, other)
+
+
 def test_degenerate_and_huge_input_has_finite_results(backend):
     for scale in (1e6, 1e12, 1e17):
         scene = crumpled(1, 0.2, width=20, height=20)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mesh import mesh_scenes as scenes
-from mesh.mesh_samples import icosphere, moved
+from mesh.mesh_samples import icosphere, moved, torus
 
 from gencompress.files import FormatError
 from gencompress.mesh import masks as module
@@ -88,8 +88,8 @@ def test_an_orbit_as_softras_has_it(tmp_path):
     assert torch.allclose(seen[1, 1], torch.tensor([0.1, -0.2, 2.0]).double())
     eye = -viewmats[2, :3, :3].T @ viewmats[2, :3, 3]
     assert torch.allclose(eye, torch.tensor([0.0, 1.0, -(3**0.5)]).double())
-    lens = rest.intrinsics[0]  # 60 degrees over 8 px
-    assert torch.allclose(lens[0], torch.tensor([4 * 3**0.5, 0, 4]).double())
+    lens = rest.intrinsics[0]  # 30 degrees over 8 px
+    assert torch.allclose(lens[0], torch.tensor([4 * (2 + 3**0.5), 0, 4]).double())
 
 
 def test_centre_and_scale_are_folded_into_the_cameras(tmp_path, ring):
@@ -329,6 +329,12 @@ def test_empty_masks_are_left_out_with_a_word(tmp_path, ring, caplog):
 def test_mesh_and_masks_of_one_scene_fit(ring, tmp_path):
     check_fit(scenes.ring(), ring, tmp_path, "masks")
     check_fit(scenes.filled_ring(2), ring, tmp_path, "masks")
+
+
+def test_a_mesh_that_covers_thin_masks_fits(tmp_path):
+    """However little of it is right: that is what pruning is for."""
+    wire = scenes.masks_of(torus(12, 40, 0.03), scenes.rig(6, 64))
+    check_fit(moved(icosphere(2), 0, 0, 0, size=1.1), wire, tmp_path, "masks")
 
 
 def test_what_does_not_fit_says_why(ring, tmp_path):

@@ -167,11 +167,28 @@ def test_a_mask_and_what_it_leaves_look_the_same(plugged, masks, generator):
         assert torch.equal(masked.faces, mesh.faces)
 
 
+def test_a_preview_is_given_errors_and_what_was_removed(plugged, masks, tmp_path, monkeypatch):
+    """Larger is worse there; a score is larger where a face is better."""
+    given = {}
+
+    def spy(before, after, errors, removed, views, folder):
+        given.update(errors=errors, removed=removed, views=views)
+
+    monkeypatch.setattr(method.quality, "write_preview", spy)
+    score, test = method.load_views(str(masks), 4)
+    data = Data(score, test, tmp_path / "a.ply", ".ply")
+    result = compressed(plugged, data)
+    method.preview(plugged, result.model, result, data, tmp_path)
+    wrong = torch.arange(1952) >= 1920
+    assert torch.equal(given["removed"], wrong) and given["views"] is test
+    assert float(given["errors"][wrong].min()) > 0.7 > float(given["errors"][~wrong].max())
+
+
 def test_units_are_the_faces(plugged):
     mesh = painted(TriMesh(plugged.vertices.float(), plugged.faces))
     (units,) = method.units(mesh)
     assert (units.name, len(units.cost)) == ("faces", len(mesh))
-    names = {one.tensor for one in units.owns}
+    names = {one.parameter for one in units.owns}
     assert {"faces", "corners.uv", "corners.color", "face.part"} <= names
 
 
@@ -217,7 +234,7 @@ def test_hidden_faces_go_when_asked_or_when_the_budget_needs_them(balls):
     assert len(compressed(mesh, data, "75%").model) == 360
     assert len(compressed(mesh, data, "320").model) == 320
     for keep in ("319", "10%", "10 bytes", "1%bytes"):
-        with pytest.raises(ValueError, match="320 of 480 are right and seen"):
+        with pytest.raises(ValueError, match="320 of 480 faces are right and seen"):
             compressed(mesh, data, keep)
 
 
