@@ -105,10 +105,17 @@ def _first_use(index: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64],
 
 
 def merge_near(mesh: TriMesh, distance: float) -> TriMesh:
-    """Vertices that fall into one cell of a grid of this pitch become the first of them, as
+    """Vertices within `distance` of each other, or linked by such, become the first of them, as
     rounding noise of a writer needs. Faces stay, also those that now use a vertex twice."""
-    cells = torch.round(mesh.vertices.double() / distance).cpu().numpy()
-    first, group = unique_rows((cells + 0.0).view(np.uint64))
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial import cKDTree
+
+    points = mesh.vertices.detach().double().cpu().numpy()
+    pairs = cKDTree(points).query_pairs(distance, output_type="ndarray")
+    links = coo_array((np.ones(len(pairs)), pairs.T), (len(points), len(points)))
+    label = connected_components(links, directed=False)[1]
+    first, group = unique_rows(label[:, None].astype(np.uint64))
     device = mesh.vertices.device
     vertices = mesh.vertices[torch.from_numpy(first).to(device)]
     return replace(mesh, vertices=vertices, faces=torch.from_numpy(group).to(device)[mesh.faces])
