@@ -32,6 +32,7 @@ class Config:
     subdivide: bool = True  # split faces across the silhouette before the last tau
     repair: str = "split"  # a pinched vertex: split it, or delete its faces (TMN)
     pinhole: int = 4  # most edges of a hole that is closed again
+    smooth: int = 0  # steps of evening out the boundary at the end, the input's own too
     refine: int = 0  # steps of moving vertices after pruning, towards the masks
     hidden: bool = False  # also remove faces that no view sees; a budget does where it must
     hold_out: int = 4  # every so manyth view measures and does not score
@@ -40,7 +41,7 @@ class Config:
     format: str = "same"  # of the result: same as the input, or a suffix such as .glb
 
     def __post_init__(self) -> None:
-        Rules(repair=self.repair, pinhole=self.pinhole)
+        Rules(repair=self.repair, pinhole=self.pinhole, smooth=self.smooth)
         if self.score not in SCORES or self.across not in RULES:
             raise ValueError(
                 f"score {self.score!r} across {self.across!r}: known are {', '.join(SCORES)} "

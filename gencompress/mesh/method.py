@@ -24,6 +24,7 @@ from gencompress.core.units import Scores, Slice, Units
 from gencompress.files import FormatError
 from gencompress.measure import Measurement
 from gencompress.mesh import quality
+from gencompress.mesh.cleanup import Rules, clean
 from gencompress.mesh.config import BASELINES, GROUP, Config, Data
 from gencompress.mesh.decimate import decimate
 from gencompress.mesh.formats import read_mesh, suffix_format, write_mesh
@@ -156,6 +157,8 @@ def compress(
     _, found = score(mesh, data, config, generator)
     work = workplace(data.score, config.size, config.dilate)
     state, log = prune(mesh, work, config, progress)
+    if config.smooth:
+        state = _smoothed(state, config)
     if config.refine:
         state, more = _refined(state, data, config, generator, progress)
         log.extend(more)
@@ -298,6 +301,13 @@ def _without_empty(views: MaskViews, source: str) -> MaskViews:
     names = ", ".join(n for n, there in zip(views.names, shows.tolist(), strict=True) if not there)
     logging.getLogger(__name__).warning("%s: left out views with empty masks: %s", source, names)
     return subset(views, shows)
+
+
+def _smoothed(state: State, config: Config) -> State:
+    """The boundary evened out, and nothing else."""
+    only = Rules(min_faces=0, min_share=0, min_area=0, pinhole=0, smooth=config.smooth)
+    cleaned = clean(state.mesh, only)
+    return State(cleaned.mesh, state.origin[cleaned.origin])
 
 
 def _refined(

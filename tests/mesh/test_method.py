@@ -15,10 +15,12 @@ from gencompress.core.mask import Mask
 from gencompress.files import FormatError
 from gencompress.measure.cost import file_bytes
 from gencompress.mesh import method
+from gencompress.mesh.cleanup import boundary_loss
 from gencompress.mesh.config import Config, Data
 from gencompress.mesh.formats import read_mesh, write_mesh
 from gencompress.mesh.score import shown
 from gencompress.mesh.surface import TriMesh, take
+from gencompress.mesh.topology import boundary_neighbours
 from gencompress.recipe import Recipe, RecipeError
 
 QUICK = {"size": 64}
@@ -372,3 +374,19 @@ def test_refining_moves_vertices_and_keeps_faces(masks, tmp_path):
     assert torch.equal(plain.faces, moved_.faces)
     off = (plain.vertices - moved_.vertices).norm(dim=1)
     assert 1e-4 < float(off.max()) < 0.5
+
+
+def test_smoothing_moves_the_boundary_alone(masks, tmp_path):
+    write_mesh(tmp_path / "a.ply", scenes.filled_ring(3))
+    plain, smooth = (
+        run.run(recipe(tmp_path / "a.ply", masks, smooth=steps), tmp_path / f"r{steps}")
+        for steps in (0, 2)
+    )
+    plain, smooth = (method.restore(one.folder / "model") for one in (plain, smooth))
+    assert torch.equal(plain.faces, smooth.faces)
+    moved = (plain.vertices != smooth.vertices).any(1)
+    rim = boundary_neighbours(plain.faces)[0]
+    assert bool(moved[rim].any()) and set(moved.nonzero()[:, 0].tolist()) <= set(rim.tolist())
+    around = boundary_neighbours(plain.faces)
+    ragged, even = (float(boundary_loss(one.vertices, around)) for one in (plain, smooth))
+    assert even < 0.8 * ragged
