@@ -246,6 +246,18 @@ def test_a_face_behind_the_camera_leaves_no_trace(backend):
         assert float(values.abs().max()) == 0
 
 
+def test_a_face_that_names_a_vertex_twice_is_not_there(backend):
+    scene = flat([[5, 5], [15, 6], [8, 14]])
+    alone = draw(scene, backend=backend)
+    scene["faces"] = torch.tensor([[0, 1, 2], [1, 1, 2], [2, 0, 2], [0, 0, 0], [0, 2, 2]])
+    assert torch.equal(draw(scene, backend=backend), alone)
+    found = cover(scene, torch.zeros(1, 20, 24), backend=backend)
+    assert float(found.area[0, 0]) > 0 and float(found.area[0, 1:].abs().max()) == 0
+    scene["vertices"][1, 2] = -1  # the near plane cuts what names it, but not into being
+    found = cover(scene, torch.zeros(1, 20, 24), backend=backend)
+    assert float(found.area[0, 0]) > 0 and float(found.area[0, 1:].abs().max()) == 0
+
+
 def test_the_near_plane_is_a_thousandth_of_the_median_depth(backend):
     scene = flat([[0, 0], [1, 0], [0, 1], [0.5, 0.5]], torch.tensor([[0, 1, 2], [0, 2, 3]]))
     scene["vertices"][:, 2] = torch.tensor([-1.0, 2, 4, 6])

@@ -18,7 +18,7 @@ from gencompress.mesh import method
 from gencompress.mesh.cleanup import boundary_loss
 from gencompress.mesh.config import Config, Data
 from gencompress.mesh.formats import read_mesh, write_mesh
-from gencompress.mesh.score import shown
+from gencompress.mesh.score import cover, shown
 from gencompress.mesh.surface import TriMesh, take
 from gencompress.mesh.topology import boundary_neighbours
 from gencompress.recipe import Recipe, RecipeError
@@ -162,6 +162,8 @@ def test_a_mask_and_what_it_leaves_look_the_same(plugged, masks, generator):
     with method.apply(mesh, chosen) as masked:
         assert len(masked) == len(mesh) and masked.corners is mesh.corners
         there = shown(masked.vertices, masked.faces, test)
+        soft = cover(masked.vertices, masked.faces, test)
+    torch.testing.assert_close(soft, cover(small.vertices, small.faces, test), atol=1e-3, rtol=0)
     assert torch.equal(there, shown(small.vertices, small.faces, test))
     assert not torch.equal(there, shown(mesh.vertices, mesh.faces, test))
     every = {"main": Mask({"faces": torch.ones(len(mesh), dtype=torch.bool)})}

@@ -58,7 +58,8 @@ def silhouettes(
 
     Args:
         vertices: float32 [V, 3], world. `reference` takes float64 everywhere too.
-        faces: int64 [F, 3].
+        faces: int64 [F, 3]. One that names a vertex twice is not there; any other without area
+            blurs about its line.
         viewmats: [C, 4, 4] world to camera; axes x right, y down, z forward.
         intrinsics: [C, 3, 3], px, last row 0 0 1; pixel centres at +0.5.
         sigma: softness, px.

@@ -22,7 +22,7 @@ class Screen:
     points: Tensor  # [P, 2] x, y in px; rows that no polygon names hold anything finite
     depths: Tensor  # [P] along the camera's axis, world units
     polygons: Tensor  # [C * F, 4] int32 rows of `points`; of a triangle the third stands twice; -1:
-    # wholly behind the near plane
+    # wholly behind the near plane, or a face that names a vertex twice
 
 
 def project(
@@ -38,10 +38,11 @@ def project(
     depths = [safe[..., 2].flatten()]
     first = vertices.shape[0] * torch.arange(len(viewmats), device=faces.device)
     polygons = (_four(faces) + first.to(torch.int32)[:, None, None]).flatten(0, 1)  # [C * F, 4]
+    flat = (faces == faces.roll(1, 1)).any(1).repeat(len(viewmats))
     if bool(front.all()):
-        return Screen(points[0], depths[0], polygons)
+        return Screen(points[0], depths[0], polygons.masked_fill_(flat[:, None], -1))
     inside = front[:, faces].flatten(0, 1)
-    number = inside.sum(1, dtype=torch.int32)
+    number = inside.sum(1, dtype=torch.int32).masked_fill_(flat, 0)
     polygons.masked_fill_((number == 0)[:, None], -1)
     cut = ((number == 1) | (number == 2)).nonzero().squeeze(1)
     if cut.numel():
