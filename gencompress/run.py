@@ -218,15 +218,15 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     if path.is_dir() and (any(path.glob("transforms*.json")) or colmap.find_model(path)):
         return {"capture": str(path), **_inspect_capture(path)}
-    return {"file": str(path), **_formats(path).describe(path)}
+    formats = importlib.import_module(f"gencompress.{_room(path)}.formats")
+    return {"file": str(path), **formats.describe(path)}
 
 
-def _formats(path: Path) -> ModuleType:
-    """The readers and writers of what a file holds: splats, or a mesh."""
+def _room(path: Path) -> str:
+    """The room that reads a file: that of meshes or that of splats, which both may end in .ply."""
     from gencompress.mesh.formats import is_mesh
 
-    room = "mesh" if is_mesh(path) else "splat"
-    return importlib.import_module(f"gencompress.{room}.formats")
+    return "mesh" if is_mesh(path) else "splat"
 
 
 def _inspect_capture(folder: Path) -> dict[str, Any]:
@@ -254,18 +254,14 @@ def convert(source: str | Path, out: str | Path, *, strict: bool, overwrite: boo
         source = model_path(artifact)
     if out.exists() and out.resolve() == source.resolve():
         raise FileExistsError(f"{out}: input and output are the same file")
-    kind = artifact.manifest["method"] if artifact else _formats(source).__name__.split(".")[1]
-    if kind == "mesh":
-        from gencompress.mesh.formats import read_mesh as read
-        from gencompress.mesh.formats import write_mesh as write
+    room = artifact.manifest["method"] if artifact else _room(source)
+    formats = importlib.import_module(f"gencompress.{room}.formats")
+    if artifact:
+        model = method(room).restore(artifact.folder / "model")
     else:
-        from gencompress.splat.formats import read_splats as read
-        from gencompress.splat.formats import write_splats as write
-    model = (
-        method(kind).restore(artifact.folder / "model") if artifact else read(source, strict=strict)
-    )
-    write(out, model, overwrite=overwrite)
-    return f"{len(model):,} {'faces' if kind == 'mesh' else 'splats'}"
+        model = formats.read(source, strict=strict)
+    formats.write(out, model, overwrite=overwrite)
+    return f"{len(model):,} {formats.COUNTED}"
 
 
 def compress(

@@ -199,3 +199,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "bounds": {"min": cloud.means.amin(0).tolist(), "max": cloud.means.amax(0).tolist()},
         **MODULES[kind].header(path),
     }
+
+
+# what every room with files of its own calls them
+read, write, COUNTED = read_splats, write_splats, "splats"
