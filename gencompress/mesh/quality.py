@@ -184,28 +184,34 @@ def write_preview(
     views: MaskViews,
     folder: Path,
 ) -> None:
-    """Both meshes over the masks, the removed faces by their error, models for the viewer."""
+    """Both meshes over the masks, the removed faces by their error, models for the viewer; the view
+    that gained most comes first, and the viewer starts there."""
     colors = score_colors(errors, removed)
+    old, new = (iou(mesh.vertices, mesh.faces, views).tolist() for mesh in (before, after))
+    numbers = sorted(_some(len(views)), key=lambda number: old[number] - new[number])
     shown = []
-    for number in _some(len(views)):
+    for number in numbers:
         pictures = {
             "before": picture(before, views, number),
             "after": picture(after, views, number),
             "difference": picture(before, views, number, colors, mask=False),
         }
-        caption = f"IoU {_iou(before, views, number)} before, {_iou(after, views, number)} after"
+        caption = f"IoU {old[number]:.3f} before, {new[number]:.3f} after"
         shown.append(_write_view(number, views, pictures, f"{caption}; {OVERLAY_LEGEND}", folder))
         shown[-1]["legend"] = score_legend(errors, removed)
     preview_glb(folder / "before.glb", before.vertices, before.faces, colors)
     preview_glb(folder / "after.glb", after.vertices, after.faces)
     labels = {"before": "before", "after": "after", "difference": "removed faces"}
-    _write_index(shown, labels, after, views, score_legend(errors, removed), folder)
+    legend = score_legend(errors, removed)
+    _write_index(shown, labels, after, subset(views, torch.tensor(numbers[:1])), legend, folder)
 
 
 def write_fit_preview(after: TriMesh, views: MaskViews, folder: Path) -> None:
     """The masks, or the photos they were cut from, beside the mesh."""
     shown = []
-    for number in _some(len(views)):
+    found = iou(after.vertices, after.faces, views).tolist()
+    numbers = _some(len(views))
+    for number in numbers:
         wanted = views.masks[number][..., None].expand(-1, -1, 3)
         if views.colors is not None:
             wanted = wanted * (views.colors[number].float() / 255) + 1 - wanted
@@ -214,21 +220,17 @@ def write_fit_preview(after: TriMesh, views: MaskViews, folder: Path) -> None:
             "after": picture(after, views, number, mask=False),
             "difference": picture(after, views, number),
         }
-        caption = f"IoU {_iou(after, views, number)}; {OVERLAY_LEGEND}"
+        caption = f"IoU {found[number]:.3f}; {OVERLAY_LEGEND}"
         shown.append(_write_view(number, views, pictures, caption, folder))
     preview_glb(folder / "after.glb", after.vertices, after.faces)
     labels = {"before": "photo", "after": "fitted", "difference": "mask over the mesh"}
-    _write_index(shown, labels, after, views, "", folder)
+    _write_index(shown, labels, after, subset(views, torch.tensor(numbers[:1])), "", folder)
 
 
 def _some(count: int) -> list[int]:
     """A few, evenly spread."""
     step = max(1, count // PREVIEW_VIEWS)
     return list(range(count))[step // 2 :: step][:PREVIEW_VIEWS]
-
-
-def _iou(mesh: TriMesh, views: MaskViews, number: int) -> str:
-    return f"{float(iou(mesh.vertices, mesh.faces, subset(views, torch.tensor([number])))):.3f}"
 
 
 def _write_view(
@@ -245,16 +247,15 @@ def _write_index(
     shown: Sequence[dict[str, str]],
     labels: dict[str, str],
     mesh: TriMesh,
-    views: MaskViews,
+    view: MaskViews,  # the one to start from
     legend: str,
     folder: Path,
 ) -> None:
-    first = camera(subset(views, torch.tensor([_some(len(views))[0]])))
     middle = (mesh.vertices.amin(0) + mesh.vertices.amax(0)).double() / 2
     index: dict[str, Any] = {
         "views": list(shown),
         "labels": labels,
-        "camera": viewer_camera(first, middle),
+        "camera": viewer_camera(camera(view), middle),
         "scene": {"background": "white", "legend": legend},
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
