@@ -161,7 +161,7 @@ def fit(
     _set_data(plan, data or [])
     _set_budget(plan, keep or plan.get("budget", "100%"))
     if keep is not None and parse_budget(keep).relative and parse_budget(keep).amount != 1:
-        raise RecipeError(f"--keep {keep}: a share of what? give a number of splats, or bytes")
+        raise RecipeError(f"--keep {keep}: a share of what? give a number, or bytes")
     _deliver(
         _recipe(plan, {"steps": steps}, settings), out, dry_run, strict, overwrite, as_json, quiet
     )

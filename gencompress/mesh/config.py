@@ -36,7 +36,6 @@ class Config:
     refine: int = 0  # steps of moving vertices after pruning, towards the masks
     hidden: bool = False  # also remove faces that no view sees; a budget does where it must
     hold_out: int = 4  # every so manyth view measures and does not score
-    truth: str = ""  # a mesh of what the masks show, to measure distances to
     compare: tuple[str, ...] = ()  # baselines at the same count: random, area, centroid, decimation
     format: str = "same"  # of the result: same as the input, or a suffix such as .glb
 
@@ -71,10 +70,9 @@ class Config:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Masks that score, masks that measure, and the file the mesh came from."""
+    """Masks that score, masks that measure, and what the result is saved as."""
 
     score: MaskViews
     test: MaskViews
-    path: Path
     suffix: str  # of the result
     truth: Path | None = None

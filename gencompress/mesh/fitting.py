@@ -94,7 +94,7 @@ def load(
     score, test = load_views(target, config.hold_out)
     truth = Path(data["truth"]) if "truth" in data else None
     start = STARTS[config.start](score, config.level)
-    return start, Data(score, test, Path(target), config.format, truth)
+    return start, Data(score, test, config.format, truth)
 
 
 def compress(

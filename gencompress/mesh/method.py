@@ -69,7 +69,7 @@ def load(
     check_fit(mesh, score, path, data["views"])
     suffix = path.suffix.lower() if config.format == "same" else config.format
     truth = Path(data["truth"]) if "truth" in data else None
-    return mesh, Data(score, test, path, suffix, truth)
+    return mesh, Data(score, test, suffix, truth)
 
 
 def load_views(path: str, every: int) -> tuple[MaskViews, MaskViews]:

@@ -46,7 +46,7 @@ def balls():
         icosphere(2), moved(icosphere(1), 0, 0, 0, size=0.5), moved(icosphere(1), 0, 0, 0, size=0.3)
     )
     score, test = scenes.split(scenes.ball_masks(scenes.rig(12, 64, radius=1.1)))
-    return mesh, Data(score, test, None, ".ply")
+    return mesh, Data(score, test, ".ply")
 
 
 def recipe(target, masks, keep="100%", **config):
@@ -180,7 +180,7 @@ def test_a_preview_is_given_errors_and_what_was_removed(plugged, masks, tmp_path
 
     monkeypatch.setattr(method.quality, "write_preview", spy)
     score, test = method.load_views(str(masks), 4)
-    data = Data(score, test, tmp_path / "a.ply", ".ply")
+    data = Data(score, test, ".ply")
     result = compressed(plugged, data)
     method.preview(plugged, result.model, result, data, tmp_path)
     wrong = torch.arange(1952) >= 1920
@@ -198,7 +198,7 @@ def test_units_are_the_faces(plugged):
 
 def test_saved_and_restored_it_is_the_same(plugged, masks, tmp_path):
     _, test = method.load_views(str(masks), 4)
-    data = Data(test, test, tmp_path / "a.ply", ".ply")
+    data = Data(test, test, ".ply")
     mesh = TriMesh(
         plugged.vertices.float(),
         plugged.faces,

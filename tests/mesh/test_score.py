@@ -126,7 +126,7 @@ def test_the_method_says_larger_is_to_keep(work, generator):
     from gencompress.mesh.config import Data
 
     fine = scenes.filled_ring(3)
-    data = Data(work.views, work.views, None, ".ply")
+    data = Data(work.views, work.views, ".ply")
     units, found = method_score(fine, data, Config(size=64), generator)
     assert [one.name for one in units] == ["faces"] and units[0].cost.tolist() == [1.0] * len(fine)
     radius = fine.vertices[fine.faces].mean(1)[:, :2].norm(dim=1)
