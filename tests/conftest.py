@@ -1,6 +1,7 @@
 """Fixtures of the whole suite."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,23 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs the command line in this process; returns (exit code, stdout, stderr)."""
+    from gencompress import cli
+
+    def run(*arguments):
+        # the consoles are made at import; let them write where capsys looks (`file` reads as what
+        # capsys has put there, so restoring that would leave them with a closed file)
+        monkeypatch.setattr(cli.out_console, "_file", None)
+        monkeypatch.setattr(cli.err_console, "_file", None)
+        monkeypatch.setattr(sys, "argv", ["gencompress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            sys.exit(0)
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run

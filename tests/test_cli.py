@@ -24,25 +24,6 @@ def scene(tmp_path):
     return tmp_path / "a.ply"
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        # the consoles are made at import; let them write where capsys looks (`file` reads as what
-        # capsys has put there, so restoring that would leave them with a closed file)
-        monkeypatch.setattr(cli.out_console, "_file", None)
-        monkeypatch.setattr(cli.err_console, "_file", None)
-        monkeypatch.setattr(sys, "argv", ["gencompress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
-
-
 def test_compress_measure_sample_report(call, scene, tmp_path):
     code, out, _ = call(
         "compress", "splat", scene, "--keep", "50%", "--out", tmp_path / "r", *QUICK

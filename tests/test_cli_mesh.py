@@ -1,13 +1,11 @@
 """The command line for meshes: messages, exit codes, what is left on disk."""
 
 import json
-import sys
 
 import pytest
 from mesh import mesh_scenes as scenes
 from mesh.mesh_samples import disc, join, moved
 
-from gencompress import cli
 from gencompress.artifact import read_artifact, verify
 from gencompress.mesh.formats import read_mesh, write_mesh
 
@@ -25,23 +23,6 @@ def folder(tmp_path_factory):
     scenes.write_transforms(folder / "capture", found)
     write_mesh(folder / "truth.stl", scenes.ring())
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(cli.out_console, "_file", None)
-        monkeypatch.setattr(cli.err_console, "_file", None)
-        monkeypatch.setattr(sys, "argv", ["gencompress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-            sys.exit(0)
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
 
 
 def test_compress_measure_sample_report(call, folder, tmp_path):

@@ -21,7 +21,7 @@ from gencompress.mesh.config import Config as Pruning
 from gencompress.mesh.config import Data
 from gencompress.mesh.formats import FORMATS, suffix_format, write_mesh
 from gencompress.mesh.masks import MaskViews
-from gencompress.mesh.method import load_views, restore, sample
+from gencompress.mesh.method import check_place, load_views, restore, sample
 from gencompress.mesh.prune import prune
 from gencompress.mesh.refine import PRUNED, Settings, refine
 from gencompress.mesh.score import iou, workplace
@@ -89,8 +89,7 @@ def load(
     """
     if data.keys() - {"truth", "views"}:
         raise ValueError(f"data {', '.join(sorted(data))}: fitting a mesh knows only truth")
-    if dtype != "float32" or device != "cpu":
-        raise ValueError(f"{dtype} on {device}: meshes are float32, and on the cpu for now")
+    check_place(device, dtype)
     score, test = load_views(target, config.hold_out)
     truth = Path(data["truth"]) if "truth" in data else None
     start = STARTS[config.start](score, config.level)

@@ -135,6 +135,19 @@ def placed(vertices: Tensor, views: MaskViews) -> tuple[Tensor, Tensor, Tensor]:
     return (vertices.double() - middle).float(), viewmats.float(), views.intrinsics.float()
 
 
+def seen_at(
+    points: Tensor, viewmat: Tensor, lens: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pixel in which points [..., 3] appear to one camera: row and column int64 [...], held to
+    the frame, the depth, and whether they are before the camera and within the frame."""
+    seen = points @ viewmat[:3, :3].T + viewmat[:3, 3]
+    flat = seen @ lens.T
+    pixel = (flat[..., :2] / flat[..., 2:].clamp(min=1e-12)).clamp(-1e6, 1e6).floor().long()
+    x, y = pixel.unbind(-1)
+    inside = (seen[..., 2] > 0) & (x >= 0) & (y >= 0) & (x < width) & (y < height)
+    return y.clamp(0, height - 1), x.clamp(0, width - 1), seen[..., 2], inside
+
+
 def _from_capture(path: Path, every: int, progress: Progress) -> tuple[MaskViews, MaskViews]:
     split = load_split(path, every=every)
     photos = load_photos([*split[0], *split[1]], progress)

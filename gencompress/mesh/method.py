@@ -30,7 +30,7 @@ from gencompress.mesh.decimate import decimate
 from gencompress.mesh.formats import read_mesh, suffix_format, write_mesh
 from gencompress.mesh.masks import MaskViews, load_masks, resized, subset
 from gencompress.mesh.prune import State, hidden, prune, without_hidden
-from gencompress.mesh.score import badness, iou, limit, shown, workplace
+from gencompress.mesh.score import Work, badness, iou, limit, shown, workplace
 from gencompress.mesh.surface import TriMesh, face_areas, merge_near, take
 from gencompress.views.fit import Progress, quiet
 
@@ -53,8 +53,7 @@ def load(
     unknown = data.keys() - {"views", "truth"}
     if unknown:
         raise ValueError(f"data {', '.join(sorted(unknown))}: meshes know views and truth")
-    if dtype != "float32" or device != "cpu":
-        raise ValueError(f"{dtype} on {device}: meshes are float32, and on the cpu for now")
+    check_place(device, dtype)
     if "views" not in data:
         raise ValueError(
             "masks are missing: --views takes a capture with alpha or masks, or an .npz of them"
@@ -70,6 +69,12 @@ def load(
     suffix = path.suffix.lower() if config.format == "same" else config.format
     truth = Path(data["truth"]) if "truth" in data else None
     return mesh, Data(score, test, suffix, truth)
+
+
+def check_place(device: str, dtype: str) -> None:
+    """ValueError for what meshes do not run on."""
+    if dtype != "float32" or device != "cpu":
+        raise ValueError(f"{dtype} on {device}: meshes are float32, and on the cpu for now")
 
 
 def load_views(path: str, every: int) -> tuple[MaskViews, MaskViews]:
@@ -112,8 +117,11 @@ def score(
 ) -> tuple[list[Units], Scores]:
     """Every face is a unit; its score is its error over the views with the sign turned."""
     work = workplace(data.score, config.size, config.dilate)
-    found = badness(mesh.vertices, mesh.faces, work, config.judge, config.taus[0])
-    return units(mesh), {GROUP: -found}
+    return units(mesh), _scores(mesh, work, config)
+
+
+def _scores(mesh: TriMesh, work: Work, config: Config) -> Scores:
+    return {GROUP: -badness(mesh.vertices, mesh.faces, work, config.judge, config.taus[0])}
 
 
 def units(mesh: TriMesh) -> list[Units]:
@@ -154,8 +162,8 @@ def compress(
     Raises ValueError if the budget is smaller than what can go without harm.
     """
     progress("scoring")
-    _, found = score(mesh, data, config, generator)
     work = workplace(data.score, config.size, config.dilate)
+    found = _scores(mesh, work, config)
     state, log = prune(mesh, work, config, progress)
     if config.smooth:
         state = _smoothed(state, config)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gencompress.mesh.cleanup import Rules, clean
 from gencompress.mesh.config import Config
-from gencompress.mesh.masks import placed
+from gencompress.mesh.masks import placed, seen_at
 from gencompress.mesh.score import Work, badness, iou, limit, shown
 from gencompress.mesh.subdivide import subdivide
 from gencompress.mesh.surface import TriMesh, face_areas, take
@@ -79,10 +79,10 @@ def _rounds(
         wrong = wrong[errors[wrong].argsort(descending=True, stable=True)]
         if not len(wrong):
             break
-        after = _attempt(state, wrong[:most], work, config, best - config.slack)
-        if after is None:
+        attempt = _attempt(state, wrong[:most], work, config, best - config.slack)
+        if attempt is None:
             break
-        found = _iou(after, work)
+        after, found = attempt
         log.append(_row(len(log) + 1, tau, state, after, found))
         progress(f"pruning: round {len(log)}, {len(after.mesh):,} faces, IoU {found:.4f}")
         ended = len(wrong) <= most and found - best < GAIN
@@ -92,16 +92,18 @@ def _rounds(
     return state, best
 
 
-def _attempt(state: State, wrong: Tensor, work: Work, config: Config, least: float) -> State | None:
+def _attempt(
+    state: State, wrong: Tensor, work: Work, config: Config, least: float
+) -> tuple[State, float] | None:
     """Without these faces, but for those that would open the masks; or without the worse half of
-    them and so on; None if even few cost too much."""
+    them and so on; and the IoU. None if even few cost too much."""
     wrong = _harmless(state.mesh, wrong, work)
     for _ in range(HALVINGS + 1):
         if not len(wrong):
             break
         after = without(state, wrong, work, config)
-        if len(after.mesh) and _iou(after, work) >= least:
-            return after
+        if len(after.mesh) and (found := _iou(after, work)) >= least:
+            return after, found
         wrong = wrong[: len(wrong) // 2]
     return None
 
@@ -214,13 +216,10 @@ def hidden(mesh: TriMesh, work: Work) -> Tensor:
             hits.depths.clamp(max=torch.finfo(torch.float32).max)[None], 3, 1, 1
         )[0, 0]
         index = unseen.nonzero().squeeze(1)
-        seen = points[index] @ viewmats[view, :3, :3].T + viewmats[view, :3, 3]
-        flat = seen @ intrinsics[view].T
-        pixel = (flat[..., :2] / flat[..., 2:].clamp(min=1e-12)).clamp(-1e6, 1e6).floor().long()
-        x, y = pixel.unbind(-1)
-        inside = (seen[..., 2] > 0) & (x >= 0) & (y >= 0) & (x < width) & (y < height)
-        shown = around[y.clamp(0, height - 1), x.clamp(0, width - 1)]
-        reaches = inside & (seen[..., 2] <= shown)
+        row, column, depth, inside = seen_at(
+            points[index], viewmats[view], intrinsics[view], height, width
+        )
+        reaches = inside & (depth <= around[row, column])
         unseen[index[reaches.any(1)]] = False
     return unseen
 

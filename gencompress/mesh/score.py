@@ -15,7 +15,7 @@ import torch
 from gencompress_kernels.rasterize_triangles import face_coverage, silhouettes, visible
 from torch import Tensor
 
-from gencompress.mesh.masks import MaskViews, dilated, placed, resized
+from gencompress.mesh.masks import MaskViews, dilated, placed, resized, seen_at
 
 SCORES = ("ratio", "outside_mass", "max", "centroid")
 RULES = ("kth", "any", "mean", "vote")
@@ -176,13 +176,9 @@ def _at_centroids(
     vertices: Tensor, faces: Tensor, viewmats: Tensor, intrinsics: Tensor, masks: Tensor
 ) -> Tensor:
     """[C, F] 1 - mask at the pixel of each face's centre; 0 outside the frame."""
-    height, width = masks.shape[1:]
     centres = vertices[faces].mean(1)
-    seen = centres @ viewmats[:, :3, :3].mT + viewmats[:, None, :3, 3]
-    flat = seen @ intrinsics.mT
-    pixel = (flat[..., :2] / flat[..., 2:].clamp(min=1e-12)).clamp(-1e6, 1e6).floor().long()
-    x, y = pixel.unbind(-1)
-    inside = (seen[..., 2] > 0) & (x >= 0) & (y >= 0) & (x < width) & (y < height)
-    view = torch.arange(len(masks))[:, None].expand_as(x)
-    found = masks[view, y.clamp(0, height - 1), x.clamp(0, width - 1)]
-    return torch.where(inside, 1 - found, 0.0)
+    rows = []
+    for viewmat, lens, mask in zip(viewmats, intrinsics, masks, strict=True):
+        row, column, _, inside = seen_at(centres, viewmat, lens, *mask.shape)
+        rows.append(torch.where(inside, 1 - mask[row, column], 0.0))
+    return torch.stack(rows)

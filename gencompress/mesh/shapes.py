@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gencompress.mesh.masks import MaskViews
+from gencompress.mesh.masks import MaskViews, seen_at
 from gencompress.mesh.surface import TriMesh
 from gencompress.mesh.topology import edge_table
 
@@ -158,14 +158,9 @@ def _ball(inside: Tensor, viewmats: Tensor, lenses: Tensor) -> tuple[Tensor, flo
 
 def _allows(inside: Tensor, viewmat: Tensor, lens: Tensor, places: Tensor) -> Tensor:
     """int64 [N]: 1 where a view lets a place belong to the object."""
-    height, width = inside.shape
-    seen = (places @ viewmat[:3, :3].T + viewmat[:3, 3]) @ lens.T
-    pixel = (seen[:, :2] / seen[:, 2:].clamp(min=1e-12)).clamp(-1e6, 1e6).floor().long()
-    x, y = pixel.unbind(1)
-    framed = (seen[:, 2] > 0) & (x >= 0) & (y >= 0) & (x < width) & (y < height)
+    row, column, _, framed = seen_at(places, viewmat, lens, *inside.shape)
     cut = bool(inside[[0, -1]].any() | inside[:, [0, -1]].any())
-    found = inside[y.clamp(0, height - 1), x.clamp(0, width - 1)]
-    return torch.where(framed, found, torch.tensor(cut)).long()
+    return torch.where(framed, inside[row, column], torch.tensor(cut)).long()
 
 
 def _onto(rays: Floats, planes: Floats) -> Floats:

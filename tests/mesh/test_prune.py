@@ -159,7 +159,9 @@ def test_halves_are_the_worse_ones(ring, monkeypatch):
     wrong = torch.arange(100, 164).flip(0)
     assert module._attempt(state, wrong, ring[0], Config(), 1.1) is None
     assert tried == [wrong[: 64 >> n].tolist() for n in range(6)]
-    assert module._attempt(state, wrong, ring[0], Config(), 0.0) is state and len(tried) == 7
+    after, found = module._attempt(state, wrong, ring[0], Config(), 0.0)
+    assert after is state and len(tried) == 7
+    assert found == mean_iou(state.mesh, ring[0].views)
 
 
 def test_a_round_removes_a_share_and_the_worst_first(ring):

@@ -21,24 +21,32 @@ def check_inputs(
     axes: int = 3,
 ) -> None:
     """ValueError, which names it, for what does not fit; a splat has `axes` scales."""
-    num, cameras = means.shape[0], viewmats.shape[0]
+    num = means.shape[0]
     bands = sh.shape[1] if sh.ndim == 3 else -1
     if bands not in (1, 4, 9, 16):
         raise ValueError(f"sh: got {tuple(sh.shape)}, expected ({num}, 1|4|9|16, 3)")
-    if cameras == 0:
-        raise ValueError("viewmats: no camera")
-    if not (1 <= width <= 32768 and 1 <= height <= 32768):
-        raise ValueError(f"picture of {width} x {height} px, expected 1 to 32768 each way")
     for name, tensor, shape in (
         ("means", means, (num, 3)),
         ("quats", quats, (num, 4)),
         ("scales", scales, (num, axes)),
         ("opacities", opacities, (num,)),
         ("sh", sh, (num, bands, 3)),
-        ("viewmats", viewmats, (cameras, 4, 4)),
-        ("intrinsics", intrinsics, (cameras, 3, 3)),
     ):
         check_tensor(name, tensor, shape, means)
+    check_cameras(viewmats, intrinsics, width, height, means)
+
+
+def check_cameras(
+    viewmats: Tensor, intrinsics: Tensor, width: int, height: int, like: Tensor
+) -> None:
+    """ValueError unless there are cameras [C, 4, 4] and [C, 3, 3] and a picture to draw."""
+    cameras = viewmats.shape[0]
+    if cameras == 0:
+        raise ValueError("viewmats: no camera")
+    if not (1 <= width <= 32768 and 1 <= height <= 32768):
+        raise ValueError(f"picture of {width} x {height} px, expected 1 to 32768 each way")
+    check_tensor("viewmats", viewmats, (cameras, 4, 4), like)
+    check_tensor("intrinsics", intrinsics, (cameras, 3, 3), like)
     if not bool((intrinsics.diagonal(dim1=1, dim2=2)[:, :2] > 0).all()):
         raise ValueError("intrinsics: a focal length is not above 0")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gencompress_kernels import dispatch
-from gencompress_kernels.rasterize_splats.inputs import check_tensor
+from gencompress_kernels.rasterize_splats.inputs import check_cameras, check_tensor
 from gencompress_kernels.rasterize_triangles.screen import Screen, project
 
 OP = "rasterize_triangles"
@@ -169,21 +169,12 @@ def _check(
     sigma: float,
     near: float | None,
 ) -> None:
-    views = len(viewmats)
-    if views == 0:
-        raise ValueError("viewmats: no camera")
-    if not (1 <= width <= 32768 and 1 <= height <= 32768):
-        raise ValueError(f"picture of {width} x {height} px, expected 1 to 32768 each way")
     if not 0.01 <= sigma <= 100:
         raise ValueError(f"sigma {sigma}: expected 0.01 to 100 px")
     if near is not None and not near > 0:
         raise ValueError(f"near {near}: expected a depth above 0")
-    for name, tensor, shape in (
-        ("vertices", vertices, (vertices.shape[0], 3)),
-        ("viewmats", viewmats, (views, 4, 4)),
-        ("intrinsics", intrinsics, (views, 3, 3)),
-    ):
-        check_tensor(name, tensor, shape, vertices)
+    check_tensor("vertices", vertices, (vertices.shape[0], 3), vertices)
+    check_cameras(viewmats, intrinsics, width, height, vertices)
     if vertices.numel() and float(vertices.detach().abs().max()) > FARTHEST:
         raise ValueError(
             f"vertices reach {float(vertices.detach().abs().max()):.0e}, at most 1e18 fit"
@@ -196,8 +187,6 @@ def _check(
         raise ValueError(
             f"faces name vertices {int(faces.min())} to {int(faces.max())} of {len(vertices)}"
         )
-    if not bool((intrinsics.diagonal(dim1=1, dim2=2)[:, :2] > 0).all()):
-        raise ValueError("intrinsics: a focal length is not above 0")
 
 
 def _views(count: int, rows: int) -> list[slice]:
