@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gencompress.core.allocate import Budget
 from gencompress.core.mask import Compressed
@@ -29,7 +28,7 @@ from gencompress.splat.render import render
 from gencompress.splat.score import look
 from gencompress.splat.state import start, to_cloud
 from gencompress.splat.train import Training, from_photo, train
-from gencompress.views.camera import Camera
+from gencompress.views.bounds import focus
 from gencompress.views.fit import Checkpoint, Progress, quiet
 from gencompress.views.loaders import load_points
 from gencompress.views.photos import Photo, load_capture
@@ -161,20 +160,6 @@ def load(
     if not any(bool((render(cloud, camera).alphas > 0).any()) for camera in cameras):
         raise FormatError(target, "none of its cameras sees any of its points")
     return cloud, Capture(train, test, extent(cameras))
-
-
-def focus(cameras: list[Camera]) -> tuple[Tensor, float]:
-    """Where cameras look: the point [3] nearest to all their axes (least squares, float64), and
-    half the distance to the nearest camera as the radius of what may be there."""
-    places = torch.stack([camera.position for camera in cameras])
-    axes = torch.stack([camera.world_to_camera[2, :3] for camera in cameras])
-    across = torch.eye(3, dtype=torch.float64) - axes[:, :, None] * axes[:, None, :]
-    # parallel axes meet nowhere: a faint pull to the mean camera decides
-    pull = 1e-6 * len(cameras) * torch.eye(3, dtype=torch.float64)
-    side = (across @ places[:, :, None]).sum(0)[:, 0] + pull @ places.mean(0)
-    centre = torch.linalg.solve(across.sum(0) + pull, side)
-    nearest = float((places - centre).norm(dim=1).min())
-    return centre, max(0.5 * nearest, 1e-3 * (1.0 + float(centre.norm())))
 
 
 def compress(

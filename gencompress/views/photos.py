@@ -41,14 +41,8 @@ def load_photo(camera: Camera) -> Photo:
             another size than the photo, or one that holds labels in place of grey.
         ValueError: the distortion of the camera cannot be undone.
     """
-    _check_photo(camera)
-    pixels = read_image(camera)
-    eight_bit = torch.equal((pixels * 255).round() / 255, pixels)
-    if camera.mask is not None:
-        inside = _read_mask(camera)
-        if pixels.shape[2] == 4:
-            inside = inside * pixels[..., 3:]
-        pixels = torch.cat([pixels[..., :3], inside], dim=-1)
+    require_photos([camera])
+    pixels, eight_bit = read_masked(camera)
     target = pinhole(camera)
     pixels = resample(pixels, camera, target)
     if eight_bit:
@@ -63,8 +57,7 @@ def load_photos(cameras: Sequence[Camera], progress: Progress = quiet) -> list[P
     Raises:
         FormatError, ValueError: as `load_photo`.
     """
-    for camera in cameras:
-        _check_photo(camera)
+    require_photos(cameras)
     photos = []
     for number, camera in enumerate(cameras, start=1):
         progress(f"reading photos: {number} of {len(cameras)}")
@@ -81,13 +74,26 @@ def load_capture(
         FormatError: as `load_split` and `load_photo`, and for a capture of fewer than two views.
         FileNotFoundError: `path` does not exist.
     """
+    training, held_out = split_views(path, images=images, every=every)
+    photos = load_photos([*training, *held_out], progress)
+    return photos[: len(training)], photos[len(training) :]
+
+
+def split_views(
+    path: str | Path, *, images: str | None = None, every: int = 8
+) -> tuple[list[Camera], list[Camera]]:
+    """`load_split`, where neither side may be empty.
+
+    Raises:
+        FormatError: as `load_split`, and for a capture of fewer than two views.
+        FileNotFoundError: `path` does not exist.
+    """
     training, held_out = load_split(path, images=images, every=every)
     if not training or not held_out:
         count = len(training) + len(held_out)
         has = "one view" if count == 1 else f"{len(training)} views to fit, {len(held_out)} to test"
         raise FormatError(path, f"{has}; at least two are needed, one to fit and one to measure")
-    photos = load_photos([*training, *held_out], progress)
-    return photos[: len(training)], photos[len(training) :]
+    return training, held_out
 
 
 def wanted(photo: Photo, background: Sequence[float] | Tensor) -> Tensor:
@@ -104,12 +110,31 @@ def coverage(photo: Photo) -> Tensor | None:
     return None if photo.alpha is None else unit(photo.alpha)
 
 
-def _check_photo(camera: Camera) -> None:
-    if camera.image is None:
-        raise FormatError(f"camera {camera.name!r}", "has no photo, and fitting needs one each")
-    for file, kind in ((camera.image, "photo"), (camera.mask, "mask")):
-        if file is not None and not file.is_file():
-            raise FormatError(file, f"the {kind} of camera {camera.name!r} is missing")
+def require_photos(cameras: Sequence[Camera]) -> None:
+    """FormatError for the first camera without a photo, or whose photo or mask is not there."""
+    for camera in cameras:
+        if camera.image is None:
+            raise FormatError(f"camera {camera.name!r}", "has no photo, and fitting needs one each")
+        for file, kind in ((camera.image, "photo"), (camera.mask, "mask")):
+            if file is not None and not file.is_file():
+                raise FormatError(file, f"the {kind} of camera {camera.name!r} is missing")
+
+
+def read_masked(camera: Camera) -> tuple[Tensor, bool]:
+    """The photo as the lens saw it, float32 [H, W, 3 or 4] in [0, 1], straight, its alpha times
+    `camera.mask`; and whether the file has no more than 8 bits.
+
+    Raises:
+        FormatError: as `load_photo`.
+    """
+    pixels = read_image(camera)
+    eight_bit = torch.equal((pixels * 255).round() / 255, pixels)
+    if camera.mask is not None:
+        inside = _read_mask(camera)
+        if pixels.shape[2] == 4:
+            inside = inside * pixels[..., 3:]
+        pixels = torch.cat([pixels[..., :3], inside], dim=-1)
+    return pixels, eight_bit
 
 
 def _read_mask(camera: Camera) -> Tensor:

@@ -1,7 +1,6 @@
 """`fit splat` on a capture of our own making, and on the real one where it is there."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -212,18 +211,6 @@ def test_settings_that_are_wrong(photos, tmp_path):
         fitting.Config(density=("theta=1", "statistic=blend_weight", "visible_only=true")), 0
     )
     assert (chosen.theta, chosen.statistic, chosen.visible_only) == (1.0, "blend_weight", True)
-
-
-def test_cameras_that_look_the_same_way_have_a_focus():
-    rig = fibonacci_rig((1.0, 2.0, 3.0), 1.0, 12)
-    centre, radius = fitting.focus(rig)
-    assert torch.allclose(centre, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), atol=1e-3)
-    distance = float((rig[0].position - centre).norm())
-    assert radius == pytest.approx(0.5 * distance, rel=0.01)
-    moved = rig[0].world_to_camera.clone()
-    moved[0, 3] += 1
-    centre, radius = fitting.focus([rig[0], replace(rig[0], world_to_camera=moved)])
-    assert bool(centre.isfinite().all()) and radius > 0
 
 
 def test_as_a_user(photos, tmp_path, monkeypatch):
