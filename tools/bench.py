@@ -466,6 +466,13 @@ def bench_triangles() -> Iterator[Row]:
     yield from rows()
 
 
+def bench_nerf() -> Iterator[Row]:
+    """A training step's samples through the hash grid, along rays and out of them."""
+    from bench_nerf import rows
+
+    yield from rows()
+
+
 BENCHES = {
     "rasterize": bench_rasterize,
     "gradients": bench_gradients,
@@ -478,6 +485,7 @@ BENCHES = {
     "scoring": bench_scoring,
     "training": bench_training,
     "triangles": bench_triangles,
+    "nerf": bench_nerf,
 }
 
 

@@ -24,6 +24,9 @@ FILES = {"cuda": "cuda", "triton": "triton_ops", "cpu": "cpu", "reference": "ref
 OPS = (
     "adam_rows",
     "compact",
+    "composite",
+    "hashgrid_encode",
+    "march_rays",
     "merge_splats",
     "rasterize_splats",
     "rasterize_surfels",

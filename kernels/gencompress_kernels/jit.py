@@ -20,6 +20,8 @@ _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 inline = numba.njit(inline="always", fastmath=True, **_OPTIONS)
 serial = numba.njit(fastmath=True, **_OPTIONS)
+# rounds as torch does, operation by operation; infinities and NaN mean what IEEE says
+exact = numba.njit(fastmath=False, **_OPTIONS)
 
 
 def parallel(function: Callable[..., Any]) -> Callable[..., Any]:
