@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 from gencompress.report import rows, text
 from gencompress.report.figures import curve_tables, density_table
@@ -38,6 +39,8 @@ def _artifact(a: dict[str, Any], level: str) -> list[str]:
         lines += ["**" + ", ".join(escape(f"{f['figure']} {f['label']}") for f in figures) + "**"]
         lines += [""]
     lines += [f"{level} Measurements", "", *_measurements(a), ""]
+    if a["pictures"]:
+        lines += [f"{level} Pictures", "", *(_picture(a, p) for p in a["pictures"]), ""]
     for title, table in curve_tables(a["curves"]):
         body = [
             [shown + (", chosen" if chosen and i == 0 else "") for i, (shown, _) in enumerate(row)]
@@ -53,6 +56,11 @@ def _artifact(a: dict[str, Any], level: str) -> list[str]:
     lines += [f"Artifact: [{escape(a['folder'])}](<{a['folder']}>)", ""]
     lines += _fenced(recipe_listing(a["recipe"]), "toml")
     return lines + (_fenced(a["command"], "sh") if a["command"] else [])
+
+
+def _picture(a: dict[str, Any], picture: dict[str, str]) -> str:
+    address = a["folder"] + quote(picture["file"])
+    return f"- [{escape(picture['file'])}](<{address}>): {escape(picture['caption'])}"
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -25,8 +25,13 @@ _HERE = Path(__file__).parent
 MAX_LOG_LINES = 400
 
 
-def render(report: dict[str, Any], pictures: Sequence[tuple[list, dict | None, dict]]) -> str:
-    """The page of a report. `pictures` is what `read_previews` tells of each artifact."""
+def render(
+    report: dict[str, Any],
+    previews: Sequence[tuple[list, dict | None, dict]],
+    pictures: Sequence[list[dict[str, str]]],
+) -> str:
+    """The page of a report. `previews` and `pictures` are what `read_previews` and `read_pictures`
+    tell of each artifact."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -42,7 +47,8 @@ def render(report: dict[str, Any], pictures: Sequence[tuple[list, dict | None, d
         change_words=rows.change_words,
     )
     artifacts = [
-        _for_page(a, *shown) for a, shown in zip(report["artifacts"], pictures, strict=True)
+        {**_for_page(a, *shown), "pictures": found}
+        for a, shown, found in zip(report["artifacts"], previews, pictures, strict=True)
     ]
     scripts = ["page.js", *_viewer({a["scene"]["kind"] for a in artifacts if a["scene"]})]
     return environment.get_template("page.html").render(

@@ -46,6 +46,31 @@ def read_previews(
     return views, _scene(preview, index), _labels(preview / "index.json", index.get("labels", {}))
 
 
+def read_pictures(folder: Path) -> list[dict[str, str]]:
+    """The plain pictures of `folder`/preview/index.json, which are of no view: [{"file", "caption",
+    "image"}], `file` relative to the folder and `image` a data URI.
+
+    Raises:
+        FormatError: as `read_previews`.
+    """
+    preview = folder / "preview"
+    entries = _read_index(preview / "index.json").get("pictures", [])
+    keys = ("file", "caption")
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and all(isinstance(e.get(key), str) for key in keys) for e in entries
+    ):
+        problem = 'pictures need texts, as in [{"file": "depth.png", "caption": "depth"}]'
+        raise FormatError(preview / "index.json", problem)
+    return [
+        {
+            "file": f"preview/{entry['file']}",
+            "caption": entry["caption"],
+            "image": _data_uri(preview, entry["file"]),
+        }
+        for entry in entries
+    ]
+
+
 def _read_index(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}

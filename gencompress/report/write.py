@@ -11,7 +11,7 @@ from gencompress import __version__
 from gencompress.artifact import read_artifact
 from gencompress.files import writing
 from gencompress.report import markdown, page, rows
-from gencompress.report.preview import read_previews
+from gencompress.report.preview import read_pictures, read_previews
 
 SCHEMA = 1  # of report.json; grows when a field changes its meaning or goes away
 NAMES = ("report.html", "report.md", "report.json")
@@ -53,6 +53,9 @@ def write_report(
     described = [rows.describe(a, out, f"a{i}") for i, a in enumerate(artifacts, 1)]
     for a, words in zip(described, rows.distinctions(described), strict=True):
         a["distinction"] = words
+    pictures = [read_pictures(a.folder) for a in artifacts]
+    for a, found in zip(described, pictures, strict=True):
+        a["pictures"] = [{key: p[key] for key in ("file", "caption")} for p in found]
     report = {
         "schema": SCHEMA,
         "gencompress": __version__,
@@ -61,7 +64,7 @@ def write_report(
         "comparison": rows.comparison(described),
     }
     texts = {
-        "report.html": page.render(report, [read_previews(a.folder) for a in artifacts]),
+        "report.html": page.render(report, [read_previews(a.folder) for a in artifacts], pictures),
         "report.md": markdown.render(report),
         "report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False),
     }
