@@ -140,10 +140,10 @@ def compress(
 
 @app.command()
 def fit(
-    method: Annotated[str, typer.Argument(help="Method: splat or mesh.")],
+    method: Annotated[str, typer.Argument(help="Method: splat, mesh or nerf.")],
     target: Annotated[str | None, typer.Argument(help="Folder of a capture.")] = None,
     out: Out = None,
-    keep: Annotated[str | None, typer.Option(help="Most splats or bytes: 50k, 3MB")] = None,
+    keep: Annotated[str | None, typer.Option(help="Most splats, cells or bytes: 50k, 3MB")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
     data: DataFiles = None,
     recipe: RecipeFile = None,
@@ -159,9 +159,7 @@ def fit(
     """Make a model from posed photos, with the pruning inside the training. Resumes if stopped."""
     plan = _plan("fit", method, target, recipe, {"seed": seed, "device": device})
     _set_data(plan, data or [])
-    _set_budget(plan, keep or plan.get("budget", "100%"))
-    if keep is not None and parse_budget(keep).relative and parse_budget(keep).amount != 1:
-        raise RecipeError(f"--keep {keep}: a share of what? give a number, or bytes")
+    _set_budget(plan, keep)
     _deliver(
         _recipe(plan, {"steps": steps}, settings), out, dry_run, strict, overwrite, as_json, quiet
     )
@@ -296,12 +294,15 @@ def _plan(
 def _set_budget(values: dict[str, Any], keep: Any) -> None:
     from gencompress.run import KEEP
 
+    usual = KEEP[values["verb"]][values["method"]]
     if isinstance(keep, str):
         try:
-            parse_budget(keep)
+            given = parse_budget(keep)
         except ValueError as problem:
             raise RecipeError(f"--keep: {problem}") from None
-    values["budget"] = values.get("budget", KEEP[values["method"]]) if keep is None else keep
+        if values["verb"] == "fit" and usual == "100%" and given.relative and given.amount != 1:
+            raise RecipeError(f"--keep {keep}: a share of what? give a number, or bytes")
+    values["budget"] = values.get("budget", usual) if keep is None else keep
 
 
 def _set_data(values: dict[str, Any], given: list[str]) -> None:

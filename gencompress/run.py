@@ -28,11 +28,18 @@ from gencompress.measure import Measurement
 from gencompress.recipe import Recipe, RecipeError, config_from, from_dict
 from gencompress.scenes import companions, resolve
 
-METHODS = {"splat": "gencompress.splat", "mesh": "gencompress.mesh"}
+METHODS = {"splat": "gencompress.splat", "mesh": "gencompress.mesh", "nerf": "gencompress.nerf"}
 # what makes a model in the first place, offering the same names
-FITS = {"splat": "gencompress.splat.fitting", "mesh": "gencompress.mesh.fitting"}
-# what is kept where nobody says how much: of a mesh, all that is right
-KEEP = {"splat": "50%", "mesh": "100%"}
+FITS = {
+    "splat": "gencompress.splat.fitting",
+    "mesh": "gencompress.mesh.fitting",
+    "nerf": "gencompress.nerf.fitting",
+}
+# what is kept where nobody says how much: of a mesh, all that is right; 100% takes no smaller share
+KEEP = {
+    "compress": {"splat": "50%", "mesh": "100%", "nerf": "8%"},
+    "fit": {"splat": "100%", "mesh": "100%", "nerf": "8%"},
+}
 WORK = ".{}.work"  # beside the output: what resuming needs while a run is not finished
 
 _VERBS = {"compress": "", "fit": "fit "}
@@ -109,8 +116,7 @@ def run(
         progress("measuring")
         after = package.restore(saved)
         rows = [
-            _file_size(recipe, saved),
-            *package.measure(before, after, data),
+            *_measured(package, recipe, saved, before, after, data),
             Measurement(f"{_NOUNS[recipe.verb]} time", None, seconds, "s", "lower"),
         ]
         progress("writing")
@@ -187,10 +193,15 @@ def measure_again(artifact: Artifact) -> list[Measurement]:
     """
     package, before, data, after = reopen(artifact)
     recipe = from_dict(artifact.manifest["recipe"])
-    return [
-        _file_size(recipe, artifact.folder / "model"),
-        *package.measure(before, after, data),
-    ]
+    return _measured(package, recipe, artifact.folder / "model", before, after, data)
+
+
+def _measured(
+    package: ModuleType, recipe: Recipe, saved: Path, before: Any, after: Any, data: Any
+) -> list[Measurement]:
+    """Rows of the saved model; a method may know better what its file size compares with."""
+    rows = [_file_size(recipe, saved), *package.measure(before, after, data)]
+    return list({row.name: row for row in rows}.values())
 
 
 def reopen(artifact: Artifact) -> tuple[ModuleType, Any, Any, Any]:
@@ -214,19 +225,18 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "model": str(model_path(artifact)),
         }
         return about | {row.name: row.after for row in artifact.measurements}
-    from gencompress.views.loaders import colmap
-
-    if path.is_dir() and (any(path.glob("transforms*.json")) or colmap.find_model(path)):
+    if _is_capture(path):
         return {"capture": str(path), **_inspect_capture(path)}
     formats = importlib.import_module(f"gencompress.{_room(path)}.formats")
     return {"file": str(path), **formats.describe(path)}
 
 
 def _room(path: Path) -> str:
-    """The room that reads a file: that of meshes or that of splats, which both may end in .ply."""
+    """The room that reads a file, by its content: meshes and splats both may end in .ply."""
     from gencompress.mesh.formats import is_mesh
+    from gencompress.nerf.formats import is_field
 
-    return "mesh" if is_mesh(path) else "splat"
+    return "nerf" if is_field(path) else "mesh" if is_mesh(path) else "splat"
 
 
 def _inspect_capture(folder: Path) -> dict[str, Any]:
@@ -280,7 +290,7 @@ def compress(
     and `settings` are fields of the method's Config. With `out` the artifact is kept there too.
     """
     check_method(method)
-    budget = parse_budget(keep or KEEP[method])
+    budget = parse_budget(keep or KEEP["compress"][method])
     recipe = Recipe(method, str(target), budget, data or {}, settings, seed)
     with tempfile.TemporaryDirectory(prefix="gencompress-") as folder:
         artifact = run(recipe, Path(folder) / "artifact" if out is None else out)
@@ -296,14 +306,44 @@ def _prepare(recipe: Recipe) -> tuple[ModuleType, Any, Any]:
 
 
 def _load(package: ModuleType, recipe: Recipe, config: Any, strict: bool) -> tuple[Any, Any]:
-    target = str(resolve(recipe.target))
-    data = companions(recipe.target) | {k: str(resolve(v)) for k, v in recipe.data.items()}
-    return package.load(target, data, recipe.device, recipe.dtype, config, strict)
+    target, views = _input(recipe)
+    given = {k: str(resolve(v)) for k, v in recipe.data.items()}
+    data = companions(recipe.target) | views | given
+    return package.load(str(target), data, recipe.device, recipe.dtype, config, strict)
+
+
+def _input(recipe: Recipe) -> tuple[Path, dict[str, str]]:
+    """The file or capture that a target stands for. An artifact stands for its model, and the
+    photos that it was made with for the views."""
+    target = resolve(recipe.target)
+    if not (target / "manifest.json").is_file():
+        return target, {}
+    artifact = read_artifact(target)
+    capture = _capture(from_dict(artifact.manifest["recipe"]))
+    return model_path(artifact), {} if capture is None else {"views": str(resolve(capture))}
+
+
+def _capture(made: Recipe) -> str | None:
+    """Where the photos are that a run worked with, itself or the one that made its input."""
+    if made.verb == "fit" or "views" in made.data:
+        return made.target if made.verb == "fit" else made.data["views"]
+    try:
+        target, views = _input(made)
+    except FileNotFoundError:
+        return None
+    return str(target) if _is_capture(target) else views.get("views")
+
+
+def _is_capture(path: Path) -> bool:
+    from gencompress.views.loaders import colmap
+
+    return path.is_dir() and bool(any(path.glob("transforms*.json")) or colmap.find_model(path))
 
 
 def _file_size(recipe: Recipe, after: Path | None) -> Measurement:
     """Of the saved model, beside the input where that is a model too."""
-    before = _bytes(resolve(recipe.target)) if recipe.verb == "compress" else None
+    target = _input(recipe)[0]
+    before = None if recipe.verb == "fit" or _is_capture(target) else _bytes(target)
     return Measurement("file size", before, after and _bytes(after), "B", "lower")
 
 

@@ -18,7 +18,7 @@ FIRST = {
     "save": ["result", "folder", "config", "data"],
     "restore": ["folder"],
 }
-OWN_NAME = {"splat": "cloud", "mesh": "mesh"}  # what a method calls its model
+OWN_NAME = {"splat": "cloud", "mesh": "mesh", "nerf": "field"}  # what a method calls its model
 
 
 # what makes a model instead of making one smaller has nothing to score or cut
