@@ -316,5 +316,5 @@ def test_samples_are_pictures_of_the_held_out_views(loaded, tmp_path, monkeypatc
 
 
 def test_the_working_folder_goes(capture, tmp_path):
-    run.run(plan(capture, "fit", steps=5, finetune=0), tmp_path / "r")
+    run.run(plan(capture, "fit", steps=5, prune_start=2, finetune=0), tmp_path / "r")
     assert not (tmp_path / WORK.format("r")).exists()
