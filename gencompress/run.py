@@ -37,8 +37,8 @@ FITS = {
 }
 # what is kept where nobody says how much: of a mesh, all that is right; 100% takes no smaller share
 KEEP = {
-    "compress": {"splat": "50%", "mesh": "100%", "nerf": "8%"},
-    "fit": {"splat": "100%", "mesh": "100%", "nerf": "8%"},
+    "compress": {"splat": "50%", "mesh": "100%", "nerf": "5%"},
+    "fit": {"splat": "100%", "mesh": "100%", "nerf": "5%"},
 }
 WORK = ".{}.work"  # beside the output: what resuming needs while a run is not finished
 

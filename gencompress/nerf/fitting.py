@@ -43,7 +43,7 @@ CONE, FAR = (
     64.0,
 )  # of unbounded scenes: growth of steps; where rays end, in sides of the box
 TUNING = Training(rate=2e-3, pruner="none", fixed=True)  # of what the file will hold
-BYTES_KEEP = 0.08  # of the cells, where the budget is bytes
+BYTES_KEEP = 0.05  # of the cells, where the budget is bytes
 
 log = logging.getLogger(__name__)
 

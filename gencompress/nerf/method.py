@@ -121,7 +121,8 @@ def compact(field: Field, masks: dict[str, Mask]) -> Field:
     table that no kept cell uses."""
     keep = masks["main"].keep[GROUP]
     side = round(len(keep) ** (1 / 3))
-    return with_cells(replace(field, storage="compact"), keep.view(side, side, side))
+    plain = replace(field, storage="compact", bits=max(16, field.bits))
+    return with_cells(plain, keep.view(side, side, side))
 
 
 def compress(

@@ -12,7 +12,7 @@ from gencompress.nerf.render import densities, march
 from gencompress.nerf.storage import corner_peaks
 from gencompress.views.rays import Shots, shot_rays
 
-RAYS, BATCH = 1 << 18, 1 << 13  # that look for the weight of cells; marched at once
+RAYS, BATCH = 1 << 17, 1 << 13  # that look for the weight of cells; marched at once
 PROBES = 64  # points a cell, that look for its density
 
 BASELINES = ("random", "density", "weight")

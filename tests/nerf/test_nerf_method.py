@@ -318,3 +318,11 @@ def test_samples_are_pictures_of_the_held_out_views(loaded, tmp_path, monkeypatc
 def test_the_working_folder_goes(capture, tmp_path):
     run.run(plan(capture, "fit", steps=5, prune_start=2, finetune=0), tmp_path / "r")
     assert not (tmp_path / WORK.format("r")).exists()
+
+
+def test_a_field_of_whole_numbers_is_cut_as_it_is_in_memory(loaded):
+    field, _, _ = loaded
+    keep = corner_peaks(field.logits).flatten() > 0.1
+    small = method.compact(replace(field, storage="quant", bits=8), {"main": Mask({"cells": keep})})
+    assert (small.storage, small.bits) == ("compact", 16)
+    assert sizes(small)["file bytes"] > 0
