@@ -71,7 +71,7 @@ def size_rows(before: Field | None, after: Field) -> list[Measurement]:
         )
         for name, key, unit in (
             ("file size", "file bytes", "B"),
-            ("parameters, with the whole table", "parameters", "parameters"),
+            ("parameters, all of the table", "parameters", "parameters"),
             ("size as float16 of what is kept", "fp16 bytes", "B"),
         )
     ]  # fmt: skip

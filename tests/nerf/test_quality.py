@@ -60,12 +60,12 @@ def test_three_sizes_that_are_not_mixed():
     small = replace(with_cells(field, cells_above(field.logits)), storage="quant", bits=8)
     rows = {row.name: row for row in size_rows(replace(field, bits=16), small)}
     for key, name in (
-        ("file bytes", "file size"), ("parameters", "parameters, with the whole table"),
+        ("file bytes", "file size"), ("parameters", "parameters, all of the table"),
         ("fp16 bytes", "size as float16 of what is kept"),
     ):  # fmt: skip
         assert rows[name].after == sizes(small)[key]
         assert rows[name].before == sizes(replace(field, bits=16))[key]
-    whole = rows["parameters, with the whole table"]
+    whole = rows["parameters, all of the table"]
     assert whole.before == whole.after
     assert rows["file size"].after < 0.7 * rows["file size"].before
     kept = rows["saliency cells"]
