@@ -28,7 +28,7 @@ class Config:
     gate: bool = True  # density goes to 0 with the feature; without it no cell is exactly empty
     pruner: str = "dual"  # dual, admm2, l1, none
     prune_start: int = 0  # step from which it and the gate act; 0: after a fifth
-    rho: float = 0.0  # its step; 0: a tenth of the loss before prune_start
+    rho: float = 0.0  # its step; 0: a hundredth of the loss before prune_start, admm2: that loss
     weight: float = 0.0  # of the mean saliency with l1; 0: that loss
     samples: int = 32_768  # a step
     across: int = 0  # steps of a ray along the diagonal of the box; 0: each as wide as a pixel

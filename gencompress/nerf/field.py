@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gencompress_kernels.hashgrid_encode import Levels, hashgrid_encode, hashgrid_levels
+from gencompress_kernels.hashgrid_encode import Levels, hashgrid_encode
 from torch import Tensor
 
 HIDDEN, GEOMETRY, HARMONICS = 64, 16, 16
@@ -178,9 +178,3 @@ def harmonics(directions: Tensor) -> Tensor:
         ],
         dim=-1,
     )  # fmt: skip
-
-
-__all__ = [
-    "Field", "Levels", "Space", "decode_color", "decode_density", "encode", "harmonics",
-    "hashgrid_levels", "layer_shapes", "new_field", "parameters", "truncated_exp",
-]  # fmt: skip

@@ -55,7 +55,7 @@ class Training:
     pruner: str = "dual"  # none, dual (the paper's), admm2 (two blocks), l1 (a fixed weight)
     keep: float = 0.04  # mean saliency that dual and admm2 hold
     prune_start: int = 200  # step from which they act; the loss until then sets their scale
-    rho: float = 0.0  # their step; 0: a tenth of that loss
+    rho: float = 0.0  # their step; 0: a hundredth of that loss, with admm2 all of it
     weight: float = 0.0  # of the mean saliency with l1; 0: that loss
     fixed: bool = False  # the saliency stays as it is
     bits: int = 0  # of a number of the table, which is rounded on the way, straight through; 0: not

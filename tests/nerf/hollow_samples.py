@@ -5,8 +5,9 @@ import math
 from dataclasses import replace
 
 import torch
+from gencompress_kernels.hashgrid_encode import hashgrid_levels
 
-from gencompress.nerf.field import THIN, Space, hashgrid_levels, new_field
+from gencompress.nerf.field import THIN, Space, new_field
 
 GLOW = 4.0  # colours are sigmoid of this times the direction
 BOX = Space((-1.0, -1.0, -1.0), (1.0, 1.0, 1.0), step=0.02)

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
+from gencompress_kernels.hashgrid_encode import hashgrid_levels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from gencompress.files import FormatError
 from gencompress.nerf import formats
-from gencompress.nerf.field import Field, Space, hashgrid_levels, new_field
+from gencompress.nerf.field import Field, Space, new_field
 from gencompress.nerf.formats import describe, is_field, read, write
 from gencompress.nerf.storage import pack, referenced_rows
 

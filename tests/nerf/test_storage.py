@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from gencompress_kernels.hashgrid_encode import hashgrid_levels
 from gencompress_kernels.hashgrid_encode.reference import grid_corners, level_corners
 from safetensors.torch import save
 
-from gencompress.nerf.field import Space, encode, hashgrid_levels, new_field, parameters
+from gencompress.nerf.field import Space, encode, new_field, parameters
 from gencompress.nerf.storage import (
     RANK_EVERY,
     cells_above,
