@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import statistics
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from gencompress.nerf.train import Training, train
 from gencompress.views.bounds import inside, scene_box
 from gencompress.views.camera import Camera
 from gencompress.views.fit import Checkpoint, Log, Progress, quiet
-from gencompress.views.loaders import load_points
+from gencompress.views.loaders import Points, load_points
 from gencompress.views.rays import Shots, load_shots_split, picture
 
 __all__ = [
@@ -81,10 +82,11 @@ def find_space(path: str, data: Data, config: Config) -> Space:
     """The box of the scene and how rays walk through it; a warning says what was found out."""
     shots, cameras = data.train, [*data.train.cameras, *data.test.cameras]
     unbounded = config.space == "unbounded" or (config.space == "auto" and not shots.has_alpha)
+    points = load_points(path)
     if config.box:
         low, high = config.box[:3], config.box[3:]
+        _warn_of_points(path, points, low, high)
     else:
-        points = load_points(path)
         low, high, how = scene_box(
             cameras,
             None if points is None else torch.from_numpy(points[0]),
@@ -92,7 +94,8 @@ def find_space(path: str, data: Data, config: Config) -> Space:
             if shots.has_alpha else None,
         )  # fmt: skip
         low, high = low.tolist(), high.tolist()
-        log.info("%s: the box of the scene is %s to %s, from %s", path, low, high, how)
+        say = log.info if shots.has_alpha and "do not bound" not in how else log.warning
+        say("%s: the box of the scene is %s to %s: %s", path, _short(low), _short(high), how)
     within_box = inside(cameras, torch.tensor(low), torch.tensor(high))
     if within_box and not unbounded:
         log.warning(
@@ -108,6 +111,21 @@ def find_space(path: str, data: Data, config: Config) -> Space:
         tuple(low), tuple(high), contracted=True, step=step, cone=CONE, near=0.05 * side,
         far=FAR * side,
     )  # fmt: skip
+
+
+def _warn_of_points(
+    path: str, points: Points | None, low: Sequence[float], high: Sequence[float]
+) -> None:
+    """Says so where most points of a capture lie outside of a box that was asked for."""
+    if points is None or not len(points[0]):
+        return
+    share = float(((points[0] >= low) & (points[0] <= high)).all(1).mean())
+    if share < 0.5:
+        log.warning("%s: the box holds %.0f%% of the %d points", path, 100 * share, len(points[0]))
+
+
+def _short(corner: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.3g}" for value in corner) + ")"
 
 
 def _step(cameras: list[Camera], low: Tensor, high: Tensor, across: int) -> float:
@@ -167,6 +185,8 @@ def share(field: Field, budget: Budget) -> float:
         raise ValueError(f"a budget in {budget.unit}: cells are counted, or weighed in bytes")
     if budget.relative:
         return float(budget.amount)
+    if field.logits is None:
+        raise ValueError(f"a budget of {budget.amount:g} cells: the field has no saliency grid")
     # the mean is over the whole grid, cells that are empty already too
     return min(1.0, budget.amount / (len(field.logits) - 1) ** 3)
 
