@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gencompress.nerf.formats import SUFFIX
+from gencompress.nerf.header import WIDTHS
 from gencompress.nerf.train import ALPHAS, Training
 from gencompress.views.rays import Shots
 
 GROUP = "cells"
-SUFFIX = ".safetensors"
-STORAGES = ("faithful", "masked", "compact", "quant")
 SPACES = ("auto", "box", "unbounded")
-WIDTHS = ((16, 32), (8, 6, 4))  # bits of a number of the table; the second with quant
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Config:
     background: str = "random"  # white, black, random: behind photos with alpha, in training
     threshold: float = 0.5  # most saliency of an emptied cell; less where that costs 0.02 dB
     storage: str = "quant"  # faithful, masked, compact, quant
-    bits: int = 0  # of a number of the table: 8, 6, 4 with quant, 16 or 32 else; 0: the first
+    bits: int = 0  # of a number of the table: 8, 6, 4 with quant, 16 or 32 else; 0: 8 or 16
     finetune: int = 500  # steps with what the file will hold, at the end
     hold_out: int = 8  # every so manyth photo measures and is not trained on
     images: str = ""  # folder of the photos of a COLMAP model, say images_4
@@ -65,10 +64,10 @@ class Config:
         low, high = self.box[:3], self.box[3:]
         if self.box and (len(self.box) != 6 or any(a >= b for a, b in zip(low, high, strict=True))):
             raise ValueError(f"box = {self.box}: six numbers, the low corner and the high one")
-        if self.storage not in STORAGES:
-            raise ValueError(f"storage {self.storage!r}: known are {', '.join(STORAGES)}")
-        if self.bits and self.bits not in WIDTHS[self.storage == "quant"]:
-            known = ", ".join(map(str, WIDTHS[self.storage == "quant"]))
+        if self.storage not in WIDTHS:
+            raise ValueError(f"storage {self.storage!r}: known are {', '.join(WIDTHS)}")
+        if self.bits and self.bits not in WIDTHS[self.storage]:
+            known = ", ".join(map(str, sorted(WIDTHS[self.storage])))
             raise ValueError(f"bits {self.bits} with {self.storage}: 0, {known}")
         if self.finetune < 0 or self.hold_out < 2 or self.checkpoint_every < 1:
             raise ValueError("finetune is not negative, hold_out 2 or more")
@@ -86,7 +85,7 @@ class Config:
     @property
     def width(self) -> int:
         """Bits of a number of the table."""
-        return self.bits or WIDTHS[self.storage == "quant"][0]
+        return self.bits or (8 if self.storage == "quant" else 16)
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,6 +73,11 @@ class Field:
         return found if self.logits is None else found | {"logits": self.logits}
 
 
+def cell_at(cells: Tensor, points: Tensor) -> Tensor:
+    """[...]: the values of a grid [N, N, N] in whose cells points [..., 3] of the unit cube lie."""
+    return cells[(points * len(cells)).long().clamp(max=len(cells) - 1).unbind(-1)]
+
+
 def layer_shapes(inputs: int) -> list[tuple[int, int]]:
     """[in, out] of the five matrices, for that many features from the grid."""
     return [

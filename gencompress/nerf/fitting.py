@@ -269,14 +269,7 @@ def compare(
         field, _ = train(start, data.train, training(plain, 1.0), again, progress=progress)
         field = replace(field, bits=16)
         for name, one in (("Instant-NGP", field), ("hollow", result.model)):
-            rows.append(
-                {
-                    "kind": "curve", "series": name, "x": sizes(one)["file bytes"],
-                    "x_name": "file size", "x_unit": "B",
-                    "y": quality.photo_rows(None, one, data.test)[0].after,
-                    "y_name": "held-out PSNR", "y_unit": "dB",
-                }
-            )  # fmt: skip
+            rows.append(quality.size_point(name, one, data.test))
     return rows
 
 

@@ -40,10 +40,9 @@ from gencompress.nerf.fitting import (
     share,
 )
 from gencompress.nerf.formats import read
-from gencompress.nerf.quality import is_blank, photo_rows
+from gencompress.nerf.quality import is_blank, size_point
 from gencompress.nerf.score import BASELINES, scores
 from gencompress.nerf.shrink import with_cells
-from gencompress.nerf.storage import sizes
 from gencompress.nerf.train import train
 from gencompress.views.fit import Progress, quiet
 
@@ -196,12 +195,4 @@ def compare(
         found = scores(name, before, side, data.train, generator)
         keep = top({GROUP: found}, count=len(result.model))
         fields[name] = compact(before, {"main": keep})
-    return rows + [
-        {
-            "kind": "curve", "series": name, "x": sizes(field)["file bytes"],
-            "x_name": "file size", "x_unit": "B",
-            "y": photo_rows(None, field, data.test)[0].after,
-            "y_name": "held-out PSNR", "y_unit": "dB",
-        }
-        for name, field in fields.items()
-    ]  # fmt: skip
+    return rows + [size_point(name, field, data.test) for name, field in fields.items()]

@@ -18,18 +18,18 @@ from gencompress.files import writing
 from gencompress.measure.image import WINDOW, psnr, ssim
 from gencompress.nerf.field import Field
 from gencompress.nerf.occupancy import to_world
+from gencompress.nerf.quality import IDENTICAL
 from gencompress.nerf.render import Rendered, render
 from gencompress.nerf.shell import saliency_shell, saliency_slices
 from gencompress.nerf.surface import LEAST, Surface, extract, write_surface
 from gencompress.views.camera import Camera
-from gencompress.views.rays import Shots, picture
+from gencompress.views.rays import Shots, over, picture
 from gencompress.views.rig import orbit_rig, scene_sphere
 
 log = logging.getLogger(__name__)
 
 VIEWS = 4  # of a preview
 AMPLIFIED = 8  # of the difference pictures
-IDENTICAL = 100.0  # dB; what identical pictures are said to have
 RESOLUTION, MOST_FACES = 128, 60_000  # of a surface in a page
 LEGEND = (
     "the surface where the density passes a threshold, in the colours seen along its normals; "
@@ -202,7 +202,7 @@ def _write_view(
     before: Field | None, after: Field, new: Tensor, shots: Shots, number: int, folder: Path
 ) -> dict[str, str]:
     camera = shots.cameras[number]
-    photo = _over(picture(shots, number), after.background)
+    photo = over(picture(shots, number).float() / 255, after.background)
     old = photo if before is None else render(before, camera, after.background).colors
     names = {k: f"view-{number:02d}-{k}.png" for k in ("before", "after", "difference")}
     off = AMPLIFIED * (new - old).abs()
@@ -217,13 +217,6 @@ def _write_view(
         "caption": f"{caption}; difference x{AMPLIFIED}",
         "background": {(1, 1, 1): "white", (0, 0, 0): "black"}.get(after.background, "coloured"),
     }
-
-
-def _over(photo: Tensor, background: Sequence[float]) -> Tensor:
-    """[H, W, 3] in [0, 1] from straight 8-bit RGBA."""
-    values = photo.float() / 255
-    alpha = values[..., 3:]
-    return values[..., :3] * alpha + torch.tensor(background) * (1 - alpha)
 
 
 def _likeness(image: Tensor, photo: Tensor) -> str:

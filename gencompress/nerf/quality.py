@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from gencompress.measure import Measurement
@@ -15,7 +15,7 @@ from gencompress.nerf.field import TABLE_RANGE, Field
 from gencompress.nerf.render import render
 from gencompress.nerf.storage import sizes
 from gencompress.views.camera import Camera
-from gencompress.views.rays import Shots, picture
+from gencompress.views.rays import Shots, over, picture
 
 IDENTICAL = 100.0  # dB; what identical pictures count as in a mean
 
@@ -23,8 +23,7 @@ IDENTICAL = 100.0  # dB; what identical pictures count as in a mean
 def photos(shots: Shots, background: tuple[float, ...]) -> Iterator[tuple[Camera, Tensor]]:
     """Each camera, and its photo over a background as float32 [H, W, 3]."""
     for number, camera in enumerate(shots.cameras):
-        rgba = picture(shots, number).float() / 255
-        yield camera, rgba[..., :3] * rgba[..., 3:] + torch.tensor(background) * (1 - rgba[..., 3:])
+        yield camera, over(picture(shots, number).float() / 255, background)
 
 
 def is_blank(field: Field) -> bool:
@@ -49,6 +48,20 @@ def photo_rows(before: Field | None, after: Field, shots: Shots) -> list[Measure
             worst = None if old is None else min(old[name])
             rows.append(Measurement("PSNR, worst view", worst, min(values), unit, better, many))
     return rows
+
+
+def held_out_psnr(field: Field, shots: Shots) -> float:
+    """dB, the mean of `photo_rows` alone."""
+    return statistics.fmean(_similarity(field, shots, {"PSNR": psnr})["PSNR"])
+
+
+def size_point(series: str, field: Field, shots: Shots) -> dict[str, Any]:
+    """A point of the curve of held-out PSNR against file size, for a report."""
+    return {
+        "kind": "curve", "series": series, "x": sizes(field)["file bytes"],
+        "x_name": "file size", "x_unit": "B", "y": held_out_psnr(field, shots),
+        "y_name": "held-out PSNR", "y_unit": "dB",
+    }  # fmt: skip
 
 
 def _similarity(field: Field, shots: Shots, metrics: dict) -> dict[str, list[float]]:

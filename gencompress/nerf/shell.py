@@ -9,7 +9,7 @@ import torch
 from gencompress_kernels.rasterize_triangles import visible
 from torch import Tensor
 
-from gencompress.nerf.field import Field
+from gencompress.nerf.field import Field, cell_at
 from gencompress.views.camera import Camera, look_at
 
 EMPTY = (0.10, 0.22, 0.40)  # of cells that are cut out of a slice
@@ -68,14 +68,9 @@ def _slice(field: Field, kept: Tensor, points: Tensor) -> Tensor:
         found = torch.nn.functional.grid_sample(volume, at, align_corners=True)[0, 0, 0]
         shown = found.sigmoid()[..., None].expand_as(points)
     if field.cells is not None:
-        shown = torch.where(_at(kept, points)[..., None], shown, shown.new_tensor(EMPTY))
-    marched = _at(field.occupancy, points)
+        shown = torch.where(cell_at(kept, points)[..., None], shown, shown.new_tensor(EMPTY))
+    marched = cell_at(field.occupancy, points)
     return torch.where(_outline(marched)[..., None], shown.new_tensor(MARCHED), shown)
-
-
-def _at(cells: Tensor, points: Tensor) -> Tensor:
-    """The value of the cell around each point of the unit cube."""
-    return cells[(points * len(cells)).long().clamp(max=len(cells) - 1).unbind(-1)]
 
 
 def _outline(inside: Tensor) -> Tensor:

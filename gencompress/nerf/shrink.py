@@ -13,7 +13,7 @@ from gencompress.nerf.field import Field
 from gencompress.nerf.render import psnr, render_rays
 from gencompress.nerf.score import scores
 from gencompress.nerf.storage import cells_above, covered, sizes
-from gencompress.views.rays import Shots, shot_rays
+from gencompress.views.rays import Shots, over, shot_rays
 
 UNSEEN = 1e-3  # blend weight up to which nobody misses a sample
 HARMLESS = 0.02  # dB that emptying cells may cost
@@ -107,7 +107,7 @@ def field_error(field: Field, shots: Shots) -> float:
     index = torch.randint(len(shots.pixels), (CHECK_RAYS,), generator=generator)
     origins, directions, rgba = shot_rays(shots, index)
     behind = torch.tensor(field.background)
-    wanted = rgba[:, :3] * rgba[:, 3:] + behind * (1 - rgba[:, 3:])
+    wanted = over(rgba, behind)
     total = 0.0
     for o, d, w in zip(*(t.split(1 << 13) for t in (origins, directions, wanted)), strict=True):
         color, alpha, _ = render_rays(field, o, d)

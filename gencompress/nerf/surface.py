@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gencompress.files import writing
-from gencompress.nerf.field import Field
+from gencompress.nerf.field import Field, cell_at
 from gencompress.nerf.render import colors_at, densities
 
 FORMATS = (".ply", ".obj", ".glb")
@@ -166,9 +166,8 @@ def _colors(field: Field, vertices: Tensor, inward: Tensor, side: float) -> Tens
     along = vertices.new_tensor(OFFSETS)[None, :, None] * side * inward[:, None]
     shares = (vertices[:, None] + along - low) / (high - low)
     points = _in_cube(field, shares.clamp(0, 1)).float()
-    cell = (points * len(field.occupancy)).long().clamp(max=len(field.occupancy) - 1)
     density = densities(field, points.flatten(0, 1)).view(points.shape[:2])
-    thickness = density * field.occupancy[cell.unbind(-1)] * (OFFSETS[1] - OFFSETS[0]) * side
+    thickness = density * cell_at(field.occupancy, points) * (OFFSETS[1] - OFFSETS[0]) * side
     before = thickness.cumsum(1) - thickness
     weights = (-before).exp() * -torch.expm1(-thickness) + 1e-6  # of nothing, the plain mean
     directions = inward.float()[:, None].expand_as(points)

@@ -13,16 +13,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from gencompress_kernels.composite import composite, transmittance
-from gencompress_kernels.hashgrid_encode import hashgrid_encode
 from torch import Tensor
 
 from gencompress.core import admm
 from gencompress.nerf import decode, occupancy
-from gencompress.nerf.field import Field, harmonics
+from gencompress.nerf.field import Field, encode, harmonics
 from gencompress.nerf.render import MOST, STOP, density_of, march, repacked
 from gencompress.nerf.storage import cells_above, covered, rounded
 from gencompress.views.fit import Checkpoint, Log, Progress, fit, quiet
-from gencompress.views.rays import Shots, shot_rays
+from gencompress.views.rays import Shots, over, shot_rays
 
 BETAS, EPS = (0.9, 0.99), 1e-15
 WEIGHT_DECAY = 1e-6  # of the networks
@@ -122,8 +121,7 @@ def train(
 
 def begin(start: Field, shots: Shots, how: Training) -> State:
     """The state before the first step."""
-    pruned = how.pruner in ("dual", "admm2", "l1")
-    if pruned and (start.logits is None or how.fixed):
+    if how.pruner != "none" and (start.logits is None or how.fixed):
         raise ValueError(f"pruner {how.pruner}: the field has no saliency grid to train")
     tensors = {name: t.detach().clone() for name, t in start.tensors.items()}
     values = occupancy.first_values(start, shots.cameras)
@@ -182,9 +180,7 @@ def _rays_step(
     for tensor in moved:
         tensor.requires_grad_().grad = None
     table = rounded(field.table, field.levels, how.bits) if how.bits else field.table
-    features, norms, _ = hashgrid_encode(
-        points, table, field.levels, logits=field.logits, cells=field.cells
-    )
+    features, norms, _ = encode(replace(field, table=table), points)
     values, lengths, reached = features.detach(), norms.detach(), None
     if state.shaded or step % occupancy.EVERY == 0:
         reached = _reached(field, values, lengths, steps, packed)
@@ -248,12 +244,11 @@ def _spread(rows: Tensor, where: Tensor) -> Tensor:
 
 def _targets(rgba: Tensor, background: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Wanted colours [R, 3] over backgrounds [R, 3], and these."""
-    color, alpha = rgba[:, :3], rgba[:, 3:]
     if background == "random":
         behind = torch.rand(len(rgba), 3, generator=generator)
     else:
-        behind = torch.full_like(color, float(background == "white"))
-    return color * alpha + behind * (1 - alpha), behind
+        behind = torch.full((len(rgba), 3), float(background == "white"))
+    return over(rgba, behind), behind
 
 
 def _saliency_step(
@@ -263,8 +258,9 @@ def _saliency_step(
     logits = state.field.logits
     if logits is None or how.fixed:
         return {}
-    saliency = torch.sigmoid(logits.detach())
-    mean = float(saliency.mean())
+    logits = logits.detach().requires_grad_()
+    saliency = torch.sigmoid(logits)
+    mean = float(saliency.detach().mean())
     shown = {"saliency": mean}
     if step < how.prune_start:  # nothing to learn yet, and noise would only wear it out
         del gradients["logits"]
@@ -275,24 +271,26 @@ def _saliency_step(
     if how.pruner == "none":
         return shown
     scale = state.warm[0] / state.warm[1] if state.warm else loss
-    slope = saliency * (1 - saliency)
     if how.pruner == "l1":
-        gradients["logits"] += (how.weight or scale) / saliency.numel() * slope
+        _push(gradients, logits, (how.weight or scale) * saliency.mean())
         return shown
     if not state.dual.rho:
         state.dual = admm.measured(state.dual, scale, GENTLE if how.pruner == "dual" else FIRM)
     if how.pruner == "dual":
-        push = state.dual.rho * max(0.0, mean - how.keep) + state.dual.gamma
-        gradients["logits"] += push / saliency.numel() * slope
+        _push(gradients, logits, admm.penalty(state.dual, saliency.mean()))
         state.settled |= 3 * step >= how.steps and mean <= SETTLED * how.keep
         state.dual = admm.ascend(state.dual, mean)
         return shown | {"gamma": state.dual.gamma}
     state.blocks = state.blocks or admm.admm_start(saliency, how.keep)
-    pull = state.dual.rho * (saliency - state.blocks.z + state.blocks.u)
-    gradients["logits"] += pull / saliency.numel() * slope
+    _push(gradients, logits, admm.admm_penalty(state.blocks, saliency, state.dual.rho))
     if step % BLOCKS_EVERY == 0:
         state.blocks = admm.admm_update(state.blocks, saliency, how.keep)
     return shown | {"kept": float((state.blocks.z > 0).float().mean())}
+
+
+def _push(gradients: dict[str, Tensor], logits: Tensor, penalty: Tensor) -> None:
+    """Adds the gradient of a penalty by the logits."""
+    gradients["logits"] += torch.autograd.grad(penalty, logits)[0]
 
 
 def _adam(state: State, gradients: dict[str, Tensor], how: Training, step: int) -> None:

@@ -119,6 +119,13 @@ def shot_rays(
     return shots.positions[photo], directions, shots.pixels[index].float() / 255
 
 
+def over(rgba: Tensor, background: Sequence[float] | Tensor) -> Tensor:
+    """[..., 3] colours of straight RGBA [..., 4] in [0, 1] over a background, [..., 3] or three
+    numbers."""
+    alpha = rgba[..., 3:]
+    return rgba[..., :3] * alpha + torch.as_tensor(background, dtype=rgba.dtype) * (1 - alpha)
+
+
 def picture(shots: Shots, number: int) -> Tensor:
     """One photo, uint8 [H, W, 4], straight RGBA as the lens saw it; a view of `shots.pixels`."""
     camera = shots.cameras[number]
