@@ -1,0 +1,1 @@
+"""Text-to-image pipelines of diffusers: what may be removed, removing it, and what it costs."""
