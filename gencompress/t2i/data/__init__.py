@@ -1,0 +1,1 @@
+"""Captioned images, and the scenes that the small pipelines were trained on."""
