@@ -209,6 +209,30 @@ def bias_shifts(
     return shifts
 
 
+@contextmanager
+def scaled(
+    model: nn.Module, units: Sequence[Units], factors: Mapping[str, Tensor]
+) -> Iterator[nn.Module]:
+    """Within the block, what reads each unit is multiplied by its factor ([U] per group, see
+    score.obs_update); the weights are as they were to the bit after it."""
+    kept: dict[str, Tensor] = {}
+    reads = consumers(units)
+    try:
+        with torch.no_grad():
+            for name, factor in factors.items():
+                for module, start, width in reads[name]:
+                    weight = model.get_submodule(module).weight
+                    kept.setdefault(module, weight.detach().clone())
+                    wide = factor.to(weight).repeat_interleave(width)
+                    shape = [1, -1, *[1] * (weight.ndim - 2)]
+                    weight[:, start : start + len(wide)] *= wide.view(shape)
+        yield model
+    finally:
+        with torch.no_grad():
+            for module, weight in kept.items():
+                model.get_submodule(module).weight.copy_(weight)
+
+
 def _cut_class(model: nn.Module) -> Any:
     import diffusers
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gencompress.files import FormatError
-from gencompress.t2i.folders import (
+from gencompress.t2i.formats import (
     CUT,
     DENOISERS,
     INDEX,
@@ -37,7 +37,8 @@ from gencompress.t2i.folders import (
 )
 
 __all__ = [
-    "DENOISERS", "denoiser", "describe", "encode_prompts", "hushed", "image_size", "load_pipeline",
+    "DENOISERS", "denoiser", "describe", "encode_prompts", "hushed", "image_size", "is_hub_name",
+    "load_pipeline",
     "save_pipeline", "sequence_length", "token_limits", "with_denoiser", "with_parts",
 ]  # fmt: skip
 
@@ -240,6 +241,11 @@ def _encode(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     raise ValueError(f"a denoiser of class {kind}; expected one of {', '.join(DENOISERS)}")
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether it may be owner/name of a repository on the hub."""
+    return HUB_NAME.fullmatch(text) is not None
+
+
 def _folder(source: str | Path) -> Path:
     path = Path(source)
     if path.name == INDEX and path.is_file():
@@ -248,7 +254,7 @@ def _folder(source: str | Path) -> Path:
         raise FormatError(path, "a file; expected a folder in the layout of diffusers")
     if path.is_dir():
         return path
-    if not isinstance(source, str) or not HUB_NAME.fullmatch(source):
+    if not isinstance(source, str) or not is_hub_name(source):
         raise FileNotFoundError(f"{source}: no such folder, and not owner/name of a repository")
     if path.parent.is_dir():
         raise FileNotFoundError(

@@ -86,7 +86,7 @@ def sample(
                     height=size,
                     width=size,
                     output_type="np",
-                    **_settings(own, guidance, len(texts)),
+                    **call_settings(own, guidance, len(texts)),
                 ).images
         except ValueError as problem:
             what = f"{steps} steps of {type(own.scheduler).__name__}"
@@ -139,7 +139,8 @@ def grid(images: Tensor, captions: Sequence[str] | None = None, columns: int = 4
     return torch.from_numpy(np.array(sheet))
 
 
-def _settings(pipe: Any, guidance: float | None, count: int) -> dict[str, Any]:
+def call_settings(pipe: Any, guidance: float | None, count: int) -> dict[str, Any]:
+    """What a pipeline's call is told beside prompts, steps and size, for `count` prompts."""
     takes = inspect.signature(type(pipe).__call__).parameters
     # what PixArt does by default depends on installed packages, and on tables of sizes
     off = {name: False for name in ("clean_caption", "use_resolution_binning") if name in takes}

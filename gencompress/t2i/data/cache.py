@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gencompress.files import FormatError, save_tensors, writing
-from gencompress.t2i.folders import read_header
+from gencompress.t2i.formats import read_header
 from gencompress.t2i.pipeline import encode_prompts, hushed, token_limits
 from gencompress.t2i.train import Progress, quiet
 

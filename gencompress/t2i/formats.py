@@ -75,6 +75,11 @@ def describe(folder: str | Path) -> dict[str, Any]:
     }
 
 
+def read(path: str | Path, strict: bool = False) -> None:
+    """Raises FormatError: nothing to convert."""
+    raise FormatError(path, "a pipeline has no other format; its folder is what diffusers reads")
+
+
 def image_size(denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int | None:
     """The side in pixels that a model was made for, from the two configs; None where they do not
     say. A Flux transformer does not, its autoencoder does."""

@@ -1,0 +1,96 @@
+"""Pictures of a pipeline, as files: for a report, and as samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gencompress.t2i.evaluate import EvaluationSet, make_images
+from gencompress.t2i.pipeline import load_pipeline
+from gencompress.t2i.sample import grid, sample
+
+SHEETS, ON_A_SHEET, COLUMNS = 2, 8, 4  # of a preview
+LEAST_SIDE = 160  # pixels a picture has on a sheet; small ones are enlarged
+AMPLIFIED = 2  # of the difference
+
+
+def write_preview(before: Any, after: Any, wanted: EvaluationSet, folder: Path) -> None:
+    """Sheets of held-out prompts with index.json: both pipelines and their difference."""
+    few = _some(wanted, SHEETS * ON_A_SHEET)
+    old, new = make_images(before, few), make_images(after, few)
+    apart = ((new.float() - old.float()) * AMPLIFIED + 128).clamp(0, 255).byte()
+    views = []
+    for number, first in enumerate(range(0, len(few.prompts), ON_A_SHEET), 1):
+        part = slice(first, first + ON_A_SHEET)
+        files = {"before": old, "after": new, "difference": apart}
+        for name, pictures in files.items():
+            sheet = grid(enlarged(pictures[part]), few.prompts[part], COLUMNS)
+            save_image(sheet, folder / f"{name}_{number}.png")
+        views.append(
+            {
+                "name": f"held-out prompts, sheet {number}",
+                "caption": f"{few.steps} steps, both from the same noise",
+                "legend": f"difference times {AMPLIFIED}, gray where there is none",
+                **{name: f"{name}_{number}.png" for name in files},
+            }
+        )
+    (folder / "index.json").write_text(json.dumps({"views": views}, indent=1), encoding="utf-8")
+
+
+def write_samples(pipe: Any, wanted: EvaluationSet, folder: Path) -> list[Path]:
+    """A .png of each prompt, numbered, and `sheet.png` with all of them."""
+    return write_images(make_images(pipe, wanted), wanted.prompts, folder)
+
+
+def draw(
+    source: str, prompts: Sequence[str], seed: int, folder: Path, *, device: str = "cpu", **how: Any
+) -> list[Path]:
+    """Reads a pipeline and writes a picture of each prompt as `write_images`, the seeds counting
+    on from `seed`. `how` is as in `sample`. In float32 on a CPU, whatever the file has.
+
+    Raises as `load_pipeline` and `sample`.
+    """
+    pipe = load_pipeline(source, device=device, dtype=torch.float32 if device == "cpu" else None)
+    seeds = range(seed, seed + len(prompts))
+    return write_images(sample(pipe, prompts, seeds=seeds, **how), prompts, folder)
+
+
+def write_images(images: Tensor, prompts: Sequence[str], folder: Path) -> list[Path]:
+    """`0001.png`, ... of uint8 [N, H, W, 3], and `sheet.png`."""
+    paths = [folder / f"{number:04}.png" for number in range(1, len(images) + 1)]
+    for image, path in zip(images, paths, strict=True):
+        save_image(image, path)
+    sheet = folder / "sheet.png"
+    save_image(grid(enlarged(images), list(prompts), COLUMNS), sheet)
+    return [*paths, sheet]
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """Whole times as large until LEAST_SIDE is reached, pixels stay squares."""
+    times = -(-LEAST_SIDE // images.shape[2])
+    return images.repeat_interleave(times, 1).repeat_interleave(times, 2) if times > 1 else images
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """uint8 [H, W, 3] as .png."""
+    Image.fromarray(image.numpy()).save(path)
+
+
+def _some(wanted: EvaluationSet, count: int) -> EvaluationSet:
+    """The first of every prompt, at most `count`."""
+    first = {prompt: i for i, prompt in reversed(list(enumerate(wanted.prompts)))}
+    chosen = sorted(first.values())[:count]
+    if len(chosen) < 2:
+        chosen = list(range(2))
+    return replace(
+        wanted,
+        prompts=tuple(wanted.prompts[i] for i in chosen),
+        seeds=tuple(wanted.seeds[i] for i in chosen),
+    )

@@ -1,0 +1,75 @@
+"""A smaller denoiser learns from the dense one of its pipeline, on latents that both see noised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gencompress.t2i.calibrate import Calibration, conditions_of, noised
+from gencompress.t2i.distill import Draws, Weights, losses, targets
+from gencompress.t2i.pipeline import denoiser, hushed
+from gencompress.t2i.train import Log, Progress, Training, fit, quiet
+
+
+def teach(
+    pipe: Any,
+    student: nn.Module,
+    seen: Calibration,
+    how: Training,
+    weights: Weights,
+    workdir: Path | None,
+    generator: torch.Generator,
+    run: str,
+    progress: Progress = quiet,
+) -> Log:
+    """Trains `student` in place to answer as the denoiser of `pipe` does; it ends with the averaged
+    weights where `how.ema` asks for an average. Resumes from `workdir` (None: no checkpoints).
+
+    Args:
+        student: as the denoiser, smaller; blocks of the same path are compared where both have
+            them.
+        run: names what else decides the run; a checkpoint of another one is refused.
+
+    Returns and raises as `train.fit`.
+    """
+    teacher, _ = denoiser(pipe)
+    teacher.requires_grad_(False)
+    there = dict(student.named_modules())
+    paths = [path for path in block_paths(teacher) if path in there] if weights.blocks else []
+
+    def step(number: int, batch: dict[str, Tensor], chance: Draws) -> dict[str, Tensor]:
+        index = batch["index"]
+        met = noised(pipe, seen.latents[index.cpu()].to(teacher.device), chance)
+        told = conditions_of(pipe, seen.rows, index, seen.size)
+        return losses(student, met, told, weights, targets(teacher, met, told, paths))
+
+    samples = [{"index": torch.tensor(i)} for i in range(len(seen.latents))]
+    with hushed():
+        student.float().train()
+    run = f"{run}, latents {seen.digest[:16]}"
+    if workdir is not None:
+        workdir.mkdir(exist_ok=True)
+    log, average = fit(
+        {"student": student}, step, samples, how, workdir, generator, run=run, progress=progress
+    )
+    if average is not None:
+        average.copy_to({"student": student})
+    with hushed():
+        student.to(teacher.dtype).eval()
+    return log
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """The blocks of a denoiser in the order in which they run: levels of a U-Net and its middle,
+    or the blocks of a transformer."""
+    found = []
+    for name in ("down_blocks", "mid_block", "up_blocks"):
+        part = getattr(model, name, None)
+        if part is not None:
+            found += [f"{name}.{i}" for i in range(len(part))] if name != "mid_block" else [name]
+    for name in ("transformer_blocks", "single_transformer_blocks"):
+        found += [f"{name}.{i}" for i in range(len(getattr(model, name, ())))]
+    return found
