@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gencompress.core.ranking import top_flat
 
 # Multipliers settle at about ten times the loss L0 (least squares, budget 0.04), while the fall of
 # a fresh mask alone winds them up to a hundred times rho. Toy of 32^3 independent cells.
@@ -123,19 +122,6 @@ def project(values: Tensor, budget: float) -> Tensor:
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
     tau = torch.where(fits, torch.zeros_like(high), high)
     return (wide - tau).clamp_(0, 1).to(values.dtype)
-
-
-@torch.no_grad()
-def project_count(values: Tensor, count: int) -> Tensor:
-    """The nearest point of {0 <= z <= 1, at most `count` entries not 0}, in the shape and dtype of
-    `values`: the largest, clipped; equal values go to the lower index.
-
-    Raises ValueError for a count outside 0 to the number of values.
-    """
-    if not 0 <= count <= values.numel():
-        raise ValueError(f"cannot keep {count} of {values.numel()} values")
-    keep = top_flat(values.flatten().float(), count).view(values.shape)
-    return torch.where(keep, values.clamp(0, 1), torch.zeros_like(values))
 
 
 def _check(budget: float) -> None:

@@ -19,7 +19,6 @@ from gencompress.core.admm import (
     measured,
     penalty,
     project,
-    project_count,
 )
 
 BUDGET = 0.04
@@ -215,24 +214,6 @@ def test_projection_moves_nothing_that_fits_and_makes_exact_zeros(generator):
     assert (found[order[:kept]] > 0).all() and (found[order[kept:]] == 0).all()
     with pytest.raises(ValueError, match="between 0 and 1"):
         project(values, 1.5)
-
-
-def test_projection_to_a_count(generator):
-    values = torch.tensor([[0.5, 2.0, -1.0], [0.5, 0.5, 0.9]])
-    assert project_count(values, 3).tolist() == [[0.5, 1.0, 0.0], [0.0, 0.0, values[1, 2].item()]]
-    assert torch.equal(project_count(values, 6), values.clamp(0, 1))
-    assert project_count(values, 0).count_nonzero() == 0
-    for count in (-1, 7):
-        with pytest.raises(ValueError, match="cannot keep"):
-            project_count(values, count)
-    values = torch.randn(6, generator=generator) * 2
-    found = project_count(values, 2)
-    best = min(
-        ((values - values.clamp(0, 1) * torch.tensor([i >> b & 1 for b in range(6)])) ** 2).sum()
-        for i in range(64)
-        if bin(i).count("1") <= 2
-    )
-    assert ((values - found) ** 2).sum() == best
 
 
 def test_updates_by_hand():
