@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-
 # Multipliers settle at about ten times the loss L0 (least squares, budget 0.04), while the fall of
 # a fresh mask alone winds them up to a hundred times rho. Toy of 32^3 independent cells.
 RHO_PER_LOSS, LEAST_RHO, MOST_RHO = 0.1, 1e-5, 1e-2
