@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gencompress.files import save_tensors, writing
@@ -29,6 +29,7 @@ from gencompress.t2i.train import Progress, quiet, sample_order
 KINDS = ("sampled", "pictures")
 OWN_SEEDS = 10**6  # from which sampled latents start: far from those of pictures that measure
 SAMPLED_AT_ONCE = 32
+MADE_BY = "gencompress.made_by"  # the key of a digest in the file of sampled latents
 GUIDANCE = 3.5  # told to a Flux that takes guidance as an input; the default of its pipeline
 
 Batch = tuple[Noised, dict[str, Any]]
@@ -56,11 +57,8 @@ class Calibration:
     @property
     def digest(self) -> str:
         """sha256, hexadecimal."""
-        found = hashlib.sha256(json.dumps([self.prompts, self.size, self.kind]).encode())
-        for name, tensor in [("latents", self.latents), *sorted(self.rows.items())]:
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return found.hexdigest()
+        tensors = {"latents": self.latents, **dict(sorted(self.rows.items()))}
+        return _digest([self.prompts, self.size, self.kind], tensors)
 
 
 def conditions(pipe: Any, prompts: Sequence[str], batch: int = 64) -> dict[str, Tensor]:
@@ -156,25 +154,54 @@ def calibrated(
     progress: Progress = quiet,
 ) -> Calibration:
     """Of the pictures of `inputs`; where there are none, `count` latents that the pipeline samples
-    of its prompts, as it samples when it is measured. Those are kept in `workdir`."""
+    of its prompts, as it samples when it is measured. Those are kept in `workdir`, and drawn anew
+    where weights, prompts or settings are others than those that made them."""
     wanted = inputs.wanted
     if inputs.pictures is not None:
         latents, prompts, kind = image_latents(pipe, inputs.pictures), inputs.prompts, "pictures"
-    else:
-        kind, chances = "sampled", range(OWN_SEEDS, OWN_SEEDS + count)
-        prompts = tuple(inputs.prompts[i % len(inputs.prompts)] for i in range(count))
-        path = None if workdir is None else workdir / "latents.safetensors"
-        if path is not None and path.is_file():
-            latents = load_file(path)["latents"]
-        else:
-            latents = clean_latents(
-                pipe, prompts, seeds=chances, steps=wanted.steps, guidance=wanted.guidance,
-                size=wanted.size, batch=SAMPLED_AT_ONCE, progress=progress,
-            )  # fmt: skip
-            if path is not None:
-                with writing(path) as part:
-                    save_tensors(part, {"latents": latents}, {})
-    return Calibration(latents, conditions(pipe, prompts), prompts, wanted.size, kind)
+        return Calibration(latents, conditions(pipe, prompts), prompts, wanted.size, kind)
+    prompts = tuple(inputs.prompts[i % len(inputs.prompts)] for i in range(count))
+    rows, how = conditions(pipe, prompts), (wanted.steps, wanted.guidance, wanted.size)
+    path = None if workdir is None else workdir / "latents.safetensors"
+    digest = "" if path is None else _sampled_digest(pipe, rows, prompts, how)
+    latents = None if path is None else _kept(path, digest)
+    if latents is None:
+        latents = clean_latents(
+            pipe, prompts, seeds=range(OWN_SEEDS, OWN_SEEDS + count), steps=wanted.steps,
+            guidance=wanted.guidance, size=wanted.size, batch=SAMPLED_AT_ONCE, progress=progress,
+        )  # fmt: skip
+        if path is not None:
+            with writing(path, overwrite=True) as part:
+                save_tensors(part, {"latents": latents}, {MADE_BY: digest})
+    return Calibration(latents, rows, prompts, wanted.size, "sampled")
+
+
+def _sampled_digest(
+    pipe: Any, rows: Mapping[str, Tensor], prompts: Sequence[str], how: tuple[Any, ...]
+) -> str:
+    """Of all that decides the latents that a pipeline samples."""
+    about = [type(pipe).__name__, repr(sorted(pipe.scheduler.config.items())), prompts, how]
+    return _digest(about, {**rows, **denoiser(pipe)[0].state_dict()})
+
+
+def _kept(path: Path, digest: str) -> Tensor | None:
+    """The latents of the file if it is whole and has this digest."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get(MADE_BY) == digest:
+                return file.get_tensor("latents").clone()
+    except (SafetensorError, OSError):
+        pass
+    return None
+
+
+def _digest(about: Any, tensors: Mapping[str, Tensor]) -> str:
+    """sha256, hexadecimal, of plain values and of tensors."""
+    found = hashlib.sha256(json.dumps(about).encode())
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def image_latents(pipe: Any, images: Tensor, batch: int = 32) -> Tensor:

@@ -1,9 +1,11 @@
 """What the text-to-image methods work with beside a pipeline: prompts, pictures, and encoders that
-judge. Every eighth prompt is held out: no method sees it, and it is what they are measured on."""
+judge. Every eighth prompt is held out: no method sees it, and it is what they are measured on. A
+prompt that is there several times counts as one."""
 
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +52,9 @@ def read_inputs(
         steps, guidance: of sampling, as in `sample.sample`.
 
     Raises:
-        FormatError: a file is missing or not what it should be, or holds under eight prompts.
+        FormatError: a file is missing or not what it should be, or holds under eight different
+            prompts.
+        FileNotFoundError: no `images` there.
         ValueError: another name, neither prompts nor images, or both.
     """
     if data.keys() - set(KNOWN):
@@ -64,10 +68,14 @@ def read_inputs(
     source = data[given[0]]
     items = captioned.load_captions(source) if given == ["images"] else []
     texts = [item.caption for item in items] if items else read_prompts(source)
-    if len(texts) < HOLD_OUT:
-        raise FormatError(source, f"{len(texts)} prompts; expected {HOLD_OUT} or more")
-    kept = [i for i in range(len(texts)) if i % HOLD_OUT]
-    held = texts[::HOLD_OUT]
+    different = list(dict.fromkeys(texts))
+    if len(different) < HOLD_OUT:
+        raise FormatError(
+            source, f"{len(different)} different prompts; expected {HOLD_OUT} or more"
+        )
+    held = different[::HOLD_OUT]
+    out = {*held}
+    kept = [i for i, text in enumerate(texts) if text not in out]
     return Inputs(
         tuple(texts[i] for i in kept),
         captioned.images([items[i] for i in kept], size) if items else None,
@@ -89,16 +97,22 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise FormatError(path, f"no file of prompts: {problem}") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as problem:
+        raise FormatError(path, f"no file of prompts: {problem.strerror}") from None
+    except UnicodeDecodeError:
+        raise FormatError(path, "not UTF-8 text") from None
     if path.suffix.lower() != ".csv":
         return [line.strip() for line in text.splitlines() if line.strip()]
-    rows = list(csv.DictReader(text.splitlines()))
-    column = next((name for name in COLUMNS if rows and name in rows[0]), None)
+    try:
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(table)
+    except csv.Error as problem:
+        raise FormatError(path, f"not a table of comma-separated values: {problem}") from None
+    column = next((name for name in COLUMNS if name in (table.fieldnames or ())), None)
     if column is None:
         raise FormatError(path, f"expected a column {', '.join(COLUMNS[:2])} or {COLUMNS[2]}")
-    return [row[column].strip() for row in rows if (row[column] or "").strip()]
+    return [" ".join(row[column].split()) for row in rows if (row[column] or "").strip()]
 
 
 def read_judges(folder: str | Path, device: str = "cpu") -> tuple[Encoder, ...]:

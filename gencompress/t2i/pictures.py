@@ -11,19 +11,24 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from gencompress.t2i.evaluate import EvaluationSet, make_images
 from gencompress.t2i.pipeline import load_pipeline
 from gencompress.t2i.sample import grid, sample
 
-SHEETS, ON_A_SHEET, COLUMNS = 2, 8, 4  # of a preview
-LEAST_SIDE = 160  # pixels a picture has on a sheet; small ones are enlarged
+# of a preview; three pictures of a sheet side by side are as wide as half a page, so their captions
+# can be read there
+SHEETS, ON_A_SHEET, ABREAST = 2, 6, 3
+COLUMNS = 4  # of a sheet of samples
+SIDE = 192  # most pixels of a picture on a sheet, so that a page stays small
 AMPLIFIED = 2  # of the difference
 
 
 def write_preview(before: Any, after: Any, wanted: EvaluationSet, folder: Path) -> None:
     """Sheets of held-out prompts with index.json: both pipelines and their difference."""
-    few = _some(wanted, SHEETS * ON_A_SHEET)
+    count = SHEETS * ON_A_SHEET
+    few = replace(wanted, prompts=wanted.prompts[:count], seeds=wanted.seeds[:count])
     old, new = make_images(before, few), make_images(after, few)
     apart = ((new.float() - old.float()) * AMPLIFIED + 128).clamp(0, 255).byte()
     views = []
@@ -31,13 +36,13 @@ def write_preview(before: Any, after: Any, wanted: EvaluationSet, folder: Path) 
         part = slice(first, first + ON_A_SHEET)
         files = {"before": old, "after": new, "difference": apart}
         for name, pictures in files.items():
-            sheet = grid(enlarged(pictures[part]), few.prompts[part], COLUMNS)
+            sheet = grid(resized(pictures[part]), few.prompts[part], ABREAST)
             save_image(sheet, folder / f"{name}_{number}.png")
         views.append(
             {
                 "name": f"held-out prompts, sheet {number}",
                 "caption": f"{few.steps} steps, both from the same noise",
-                "legend": f"difference times {AMPLIFIED}, gray where there is none",
+                "legend": f"times {AMPLIFIED}, gray where there is none",
                 **{name: f"{name}_{number}.png" for name in files},
             }
         )
@@ -68,29 +73,21 @@ def write_images(images: Tensor, prompts: Sequence[str], folder: Path) -> list[P
     for image, path in zip(images, paths, strict=True):
         save_image(image, path)
     sheet = folder / "sheet.png"
-    save_image(grid(enlarged(images), list(prompts), COLUMNS), sheet)
+    save_image(grid(resized(images), list(prompts), COLUMNS), sheet)
     return [*paths, sheet]
 
 
-def enlarged(images: Tensor) -> Tensor:
-    """Whole times as large until LEAST_SIDE is reached, pixels stay squares."""
-    times = -(-LEAST_SIDE // images.shape[2])
-    return images.repeat_interleave(times, 1).repeat_interleave(times, 2) if times > 1 else images
+def resized(images: Tensor) -> Tensor:
+    """Square pictures uint8 [N, H, H, 3], as many whole times as large as fit SIDE, so that pixels
+    stay squares; larger ones shrunk to it."""
+    times = SIDE // images.shape[2]
+    if times:
+        return images.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    pixels = images.permute(0, 3, 1, 2).float()
+    small = interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
+    return small.round().byte().permute(0, 2, 3, 1)
 
 
 def save_image(image: Tensor, path: Path) -> None:
     """uint8 [H, W, 3] as .png."""
     Image.fromarray(image.numpy()).save(path)
-
-
-def _some(wanted: EvaluationSet, count: int) -> EvaluationSet:
-    """The first of every prompt, at most `count`."""
-    first = {prompt: i for i, prompt in reversed(list(enumerate(wanted.prompts)))}
-    chosen = sorted(first.values())[:count]
-    if len(chosen) < 2:
-        chosen = list(range(2))
-    return replace(
-        wanted,
-        prompts=tuple(wanted.prompts[i] for i in chosen),
-        seeds=tuple(wanted.seeds[i] for i in chosen),
-    )

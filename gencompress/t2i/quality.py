@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ from gencompress.t2i.calibrate import Calibration, batches
 from gencompress.t2i.distill import predict
 from gencompress.t2i.evaluate import compare_images, make_images
 from gencompress.t2i.inputs import Inputs
-from gencompress.t2i.pipeline import denoiser, token_limits
+from gencompress.t2i.pipeline import denoiser, sequence_length, token_limits
 
 FORWARDS = 5  # that a time is the median of
 TIMED, COMPARED = 4, 64  # samples of a forward that is timed; latents that answers are compared on
@@ -38,8 +39,8 @@ def forward_inputs(pipe: Any, size: int, batch: int = 1) -> dict[str, Any]:
     """Zeros in the shapes of one forward of the denoiser: pictures of `size` pixels, prompts of
     full length."""
     model, _ = denoiser(pipe)
-    latent, tokens = size // pipe.vae_scale_factor, max(token_limits(pipe).values())
-    return macs.model_inputs(model, latent, tokens, batch, model.device)
+    latent = size // pipe.vae_scale_factor
+    return macs.model_inputs(model, latent, _text_tokens(pipe), batch, model.device)
 
 
 def error_db(before: Any, after: Any, seen: Calibration, generator: torch.Generator) -> float:
@@ -52,6 +53,16 @@ def error_db(before: Any, after: Any, seen: Calibration, generator: torch.Genera
             power += float(wanted.double().square().sum())
             apart += float((wanted - found).double().square().sum())
     return EXACT_DB if apart == 0 else min(10 * math.log10(power / apart), EXACT_DB)
+
+
+def _text_tokens(pipe: Any) -> int:
+    """How many the denoiser is told. Stable Diffusion 3 joins those of CLIP and of T5, and has
+    zeros for a T5 that is not there."""
+    limits = token_limits(pipe)
+    if macs.family(denoiser(pipe)[0]) != "sd3":
+        return max(limits.values())
+    usual = inspect.signature(pipe.encode_prompt).parameters["max_sequence_length"].default
+    return limits["tokenizer"] + sequence_length(pipe).get("max_sequence_length", usual)
 
 
 def _forward_rows(before: Any, after: Any, size: int) -> list[Measurement]:

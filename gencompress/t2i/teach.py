@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,13 @@ def teach(
 
     Args:
         student: as the denoiser, smaller; blocks of the same path are compared where both have
-            them.
+            them, so not those that were dropped.
         run: names what else decides the run; a checkpoint of another one is refused.
 
     Returns and raises as `train.fit`.
     """
     teacher, _ = denoiser(pipe)
-    teacher.requires_grad_(False)
-    there = dict(student.named_modules())
-    paths = [path for path in block_paths(teacher) if path in there] if weights.blocks else []
+    paths = [path for path in block_paths(teacher) if _has(student, path)] if weights.blocks else []
 
     def step(number: int, batch: dict[str, Tensor], chance: Draws) -> dict[str, Tensor]:
         index = batch["index"]
@@ -52,9 +52,10 @@ def teach(
     run = f"{run}, latents {seen.digest[:16]}"
     if workdir is not None:
         workdir.mkdir(exist_ok=True)
-    log, average = fit(
-        {"student": student}, step, samples, how, workdir, generator, run=run, progress=progress
-    )
+    with _evaluated(teacher):
+        log, average = fit(
+            {"student": student}, step, samples, how, workdir, generator, run=run, progress=progress
+        )
     if average is not None:
         average.copy_to({"student": student})
     with hushed():
@@ -73,3 +74,21 @@ def block_paths(model: nn.Module) -> list[str]:
     for name in ("transformer_blocks", "single_transformer_blocks"):
         found += [f"{name}.{i}" for i in range(len(getattr(model, name, ())))]
     return found
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    """Whether there is a block of that path; what stands in for a dropped one has no weights."""
+    block = dict(model.named_modules()).get(path)
+    return block is not None and any(True for _ in block.parameters())
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and in its own again afterwards."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True

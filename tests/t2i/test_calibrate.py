@@ -115,7 +115,7 @@ def test_latents_decode_to_what_the_pipeline_paints(made):
     pictures = sample(pipe, PROMPTS, seeds=SEEDS, steps=2, size=64)
     assert int((painted.int() - pictures.int()).abs().max()) <= 1
     alone = calibrate.clean_latents(pipe, PROMPTS[1:2], seeds=SEEDS[1:2], steps=2, size=64)
-    torch.testing.assert_close(alone[0], latents[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(alone[0], latents[1], rtol=1e-3, atol=1e-3)
     assert not torch.allclose(latents[0], latents[2], atol=0.1), "seeds do nothing"
 
 
