@@ -199,17 +199,35 @@ def convert(source: str, out: Path, strict: Strict = False, overwrite: Overwrite
 
 @app.command()
 def sample(
-    path: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    path: Annotated[str, typer.Argument(help="Artifact, or a text-to-image pipeline.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may repeat.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first picture, 0; others count on.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of sampling, 25.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Scale; the pipeline's own.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="A class of diffusers.")] = None,
+    quiet: Quiet = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse prompts too long.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Pictures from the model of an artifact."""
-    from gencompress.run import reopen
+    """Pictures of prompts from a pipeline or its artifact; without prompts, of what an artifact is
+    measured on."""
+    from gencompress import run
 
-    package, _, data, model = reopen(read_artifact(path))
-    with writing(out, overwrite=overwrite) as part:
+    given = {"steps": steps, "guidance": guidance, "size": size, "scheduler": scheduler}
+    how = {name: value for name, value in given.items() if value is not None}
+    useless = [name for name, value in {"seed": seed, **given}.items() if value is not None]
+    if useless and not prompt:
+        raise RecipeError(f"--{useless[0]} is for pictures of prompts: give --prompt")
+    if out.is_dir() and any(path.suffix != ".png" for path in out.iterdir()):
+        raise FileExistsError(f"{out}: exists and holds more than pictures; not replacing it")
+    with _progress("sample", quiet) as progress, writing(out, overwrite=overwrite) as part:
         part.mkdir()
-        paths = package.sample(model, data, part)
+        how |= {"steps": 25 if steps is None else steps, "strict": strict, "progress": progress}
+        paths = run.sample(path, part, prompt or [], seed or 0, **how)
     out_console.print(f"{out}: {len(paths)} pictures", **PLAIN)
 
 

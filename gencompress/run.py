@@ -28,7 +28,12 @@ from gencompress.measure import Measurement
 from gencompress.recipe import Recipe, RecipeError, config_from, from_dict
 from gencompress.scenes import companions, resolve
 
-METHODS = {"splat": "gencompress.splat", "mesh": "gencompress.mesh", "nerf": "gencompress.nerf"}
+METHODS = {
+    "splat": "gencompress.splat",
+    "mesh": "gencompress.mesh",
+    "nerf": "gencompress.nerf",
+    "prune": "gencompress.t2i.prune",
+}
 # what makes a model in the first place, offering the same names
 FITS = {
     "splat": "gencompress.splat.fitting",
@@ -37,7 +42,7 @@ FITS = {
 }
 # what is kept where nobody says how much: of a mesh, all that is right; 100% takes no smaller share
 KEEP = {
-    "compress": {"splat": "50%", "mesh": "100%", "nerf": "5%"},
+    "compress": {"splat": "50%", "mesh": "100%", "nerf": "5%", "prune": "0.7xMACs"},
     "fit": {"splat": "100%", "mesh": "100%", "nerf": "5%"},
 }
 WORK = ".{}.work"  # beside the output: what resuming needs while a run is not finished
@@ -101,7 +106,7 @@ def run(
         raise FileNotFoundError(f"{out}: the folder {out.parent} does not exist")
     package, config, generator = _prepare(recipe)
     progress("loading")
-    target = resolve(recipe.target)
+    target = _resolved(recipe)
     if target.resolve().is_relative_to(out.resolve()):
         raise FileExistsError(f"{out}: holds the input {target}; choose another name")
     before, data = _load(package, recipe, config, strict)
@@ -232,7 +237,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _room(path: Path) -> str:
-    """The room that reads a file, by its content: meshes and splats both may end in .ply."""
+    """The room that reads a file, by its content: meshes and splats both may end in .ply. A folder
+    that is no capture is a pipeline's."""
+    if path.is_dir():
+        return "t2i"
     from gencompress.mesh.formats import is_mesh
     from gencompress.nerf.formats import is_field
 
@@ -264,14 +272,46 @@ def convert(source: str | Path, out: str | Path, *, strict: bool, overwrite: boo
         source = model_path(artifact)
     if out.exists() and out.resolve() == source.resolve():
         raise FileExistsError(f"{out}: input and output are the same file")
-    room = artifact.manifest["method"] if artifact else _room(source)
+    room = METHODS[artifact.manifest["method"]].split(".")[1] if artifact else _room(source)
     formats = importlib.import_module(f"gencompress.{room}.formats")
-    if artifact:
+    if artifact and hasattr(formats, "write"):
         model = method(room).restore(artifact.folder / "model")
     else:
         model = formats.read(source, strict=strict)
     formats.write(out, model, overwrite=overwrite)
     return f"{len(model):,} {formats.COUNTED}"
+
+
+def sample(source: str, out: Path, prompts: list[str], seed: int, **how: Any) -> list[Path]:
+    """Pictures in the new folder `out`: of the prompts, by a pipeline (a folder, an embedded scene,
+    a hub's name, or the artifact of one), from seeds that count on from `seed`; without prompts,
+    of what the artifact `source` is measured on. `how` is as in `t2i.sample.sample`.
+
+    Raises ValueError for prompts and the artifact of another method, and for no prompts and no
+    artifact.
+    """
+    artifact = None
+    with contextlib.suppress(FileNotFoundError):
+        folder = resolve(source)
+        artifact = read_artifact(folder) if (folder / "manifest.json").is_file() else None
+    if not prompts:
+        if artifact is None:
+            raise ValueError(f"{source}: no artifact; of a pipeline, say what to draw: --prompt")
+        package, _, data, model = reopen(artifact)
+        return package.sample(model, data, out)
+    if artifact is not None and "t2i" not in METHODS[artifact.manifest["method"]].split("."):
+        kind = artifact.manifest["method"]
+        raise ValueError(f"{source}: an artifact of {kind!r}, which draws no prompts")
+    pictures = importlib.import_module("gencompress.t2i.pictures")
+    return pictures.draw(_pipeline_place(source, artifact), prompts, seed, out, **how)
+
+
+def _pipeline_place(source: str, artifact: Artifact | None) -> str:
+    if artifact is None:
+        with contextlib.suppress(FileNotFoundError):
+            return str(resolve(source))
+        return source
+    return str(model_path(artifact))
 
 
 def compress(
@@ -308,19 +348,31 @@ def _prepare(recipe: Recipe) -> tuple[ModuleType, Any, Any]:
 def _load(package: ModuleType, recipe: Recipe, config: Any, strict: bool) -> tuple[Any, Any]:
     target, views = _input(recipe)
     given = {k: str(resolve(v)) for k, v in recipe.data.items()}
-    data = companions(recipe.target) | views | given
+    data = (companions(recipe.target) if target.exists() else {}) | views | given
     return package.load(str(target), data, recipe.device, recipe.dtype, config, strict)
 
 
 def _input(recipe: Recipe) -> tuple[Path, dict[str, str]]:
     """The file or capture that a target stands for. An artifact stands for its model, and the
     photos that it was made with for the views."""
-    target = resolve(recipe.target)
+    target = _resolved(recipe)
     if not (target / "manifest.json").is_file():
         return target, {}
     artifact = read_artifact(target)
     capture = _capture(from_dict(artifact.manifest["recipe"]))
     return model_path(artifact), {} if capture is None else {"views": str(resolve(capture))}
+
+
+def _resolved(recipe: Recipe) -> Path:
+    """What the target of a recipe means: as `scenes.resolve`, or a name on the hub where the method
+    takes those."""
+    try:
+        return resolve(recipe.target)
+    except FileNotFoundError:
+        on_hub = getattr(method(recipe.method, recipe.verb), "is_hub_name", None)
+        if on_hub is None or not on_hub(recipe.target) or recipe.target.startswith("scenes/"):
+            raise
+        return Path(recipe.target)
 
 
 def _capture(made: Recipe) -> str | None:
@@ -343,7 +395,8 @@ def _is_capture(path: Path) -> bool:
 def _file_size(recipe: Recipe, after: Path | None) -> Measurement:
     """Of the saved model, beside the input where that is a model too."""
     target = _input(recipe)[0]
-    before = None if recipe.verb == "fit" or _is_capture(target) else _bytes(target)
+    known = recipe.verb != "fit" and target.exists() and not _is_capture(target)
+    before = _bytes(target) if known else None
     return Measurement("file size", before, after and _bytes(after), "B", "lower")
 
 
@@ -363,6 +416,10 @@ def _workdir(out: Path, chosen: str | Path | None) -> Iterator[Path]:
 def _bytes(path: Path) -> int:
     from gencompress.measure.cost import file_bytes
 
+    if (path / "model_index.json").is_file():  # prompts, say, may lie beside what it names
+        from gencompress.t2i.formats import describe
+
+        return int(describe(path)["bytes"])
     # the file that names the others of its folder stands for all of them
     return file_bytes(path.parent if path.name.lower() == "meta.json" else path)
 

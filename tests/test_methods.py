@@ -41,5 +41,5 @@ def check(module, name, functions):
     assert package.Config.__dataclass_params__.frozen
     for function, wanted in functions.items():
         found = list(inspect.signature(getattr(package, function)).parameters)
-        wanted = [OWN_NAME[name] if w == "model" else w for w in wanted]
+        wanted = [OWN_NAME.get(name, w) if w == "model" else w for w in wanted]
         assert found[: len(wanted)] == wanted, function

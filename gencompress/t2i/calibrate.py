@@ -154,8 +154,9 @@ def calibrated(
     progress: Progress = quiet,
 ) -> Calibration:
     """Of the pictures of `inputs`; where there are none, `count` latents that the pipeline samples
-    of its prompts, as it samples when it is measured. Those are kept in `workdir`, and drawn anew
-    where weights, prompts or settings are others than those that made them."""
+    of its prompts, as it samples when it is measured. Those are kept in `workdir` and in
+    `inputs.sampled`, and drawn anew where weights, prompts or settings are others than those that
+    made them."""
     wanted = inputs.wanted
     if inputs.pictures is not None:
         latents, prompts, kind = image_latents(pipe, inputs.pictures), inputs.prompts, "pictures"
@@ -163,8 +164,10 @@ def calibrated(
     prompts = tuple(inputs.prompts[i % len(inputs.prompts)] for i in range(count))
     rows, how = conditions(pipe, prompts), (wanted.steps, wanted.guidance, wanted.size)
     path = None if workdir is None else workdir / "latents.safetensors"
-    digest = "" if path is None else _sampled_digest(pipe, rows, prompts, how)
-    latents = None if path is None else _kept(path, digest)
+    digest = _sampled_digest(pipe, rows, prompts, how)
+    latents = inputs.sampled.get(digest)
+    if latents is None and path is not None:
+        latents = _kept(path, digest)
     if latents is None:
         latents = clean_latents(
             pipe, prompts, seeds=range(OWN_SEEDS, OWN_SEEDS + count), steps=wanted.steps,
@@ -173,6 +176,7 @@ def calibrated(
         if path is not None:
             with writing(path, overwrite=True) as part:
                 save_tensors(part, {"latents": latents}, {MADE_BY: digest})
+    inputs.sampled[digest] = latents
     return Calibration(latents, rows, prompts, wanted.size, "sampled")
 
 

@@ -214,15 +214,22 @@ def scaled(
     model: nn.Module, units: Sequence[Units], factors: Mapping[str, Tensor]
 ) -> Iterator[nn.Module]:
     """Within the block, what reads each unit is multiplied by its factor ([U] per group, see
-    score.obs_update); the weights are as they were to the bit after it."""
+    score.obs_update); the weights are as they were to the bit after it.
+
+    Raises ValueError for factors of another group or number of units.
+    """
     kept: dict[str, Tensor] = {}
-    reads = consumers(units)
+    reads, sizes = consumers(units), {group.name: group.cost.shape for group in units}
+    for name, factor in factors.items():
+        if factor.shape != sizes.get(name):
+            raise ValueError(f"{tuple(factor.shape)} factors of {name!r}, whose units differ")
     try:
         with torch.no_grad():
             for name, factor in factors.items():
                 for module, start, width in reads[name]:
                     weight = model.get_submodule(module).weight
-                    kept.setdefault(module, weight.detach().clone())
+                    if module not in kept:
+                        kept[module] = weight.detach().clone()
                     wide = factor.to(weight).repeat_interleave(width)
                     shape = [1, -1, *[1] * (weight.ndim - 2)]
                     weight[:, start : start + len(wide)] *= wide.view(shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -31,6 +31,8 @@ class Inputs:
     pictures: Tensor | None  # uint8 [N, H, W, 3] of these prompts; None: the pipeline draws some
     wanted: EvaluationSet  # held-out prompts, each with its seed
     judges: tuple[Encoder, ...]
+    # latents that were sampled already, by a digest of what decides them: see `calibrated`
+    sampled: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_inputs(

@@ -8,14 +8,16 @@ came in, its denoiser smaller in memory and on disk.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gencompress.core.allocate import Budget, top, within_budget, zscore_by_cost
+from gencompress.core.allocate import top, within_budget, zscore_by_cost
+from gencompress.core.budget import Budget
 from gencompress.core.mask import Compressed, Mask
 from gencompress.core.units import Scores, Units
 from gencompress.measure import Measurement
@@ -24,10 +26,24 @@ from gencompress.t2i.calibrate import Calibration, batches, calibrated
 from gencompress.t2i.distill import Weights
 from gencompress.t2i.inputs import Inputs, read_inputs
 from gencompress.t2i.pictures import write_preview, write_samples
-from gencompress.t2i.pipeline import denoiser, load_pipeline, save_pipeline, with_denoiser
-from gencompress.t2i.prune.room import Room, room_for
+from gencompress.t2i.pipeline import (
+    denoiser,
+    hushed,
+    load_pipeline,
+    save_pipeline,
+    with_denoiser,
+)
+from gencompress.t2i.prune.room import (
+    Floors,
+    Room,
+    in_multiples,
+    prunable,
+    room_for,
+    stored_type,
+)
 from gencompress.t2i.quality import error_db, pipeline_rows
 from gencompress.t2i.sample import default_size
+from gencompress.t2i.sample import sample as draw
 from gencompress.t2i.score import (
     CRITERIA,
     ecoflap_keep,
@@ -41,8 +57,8 @@ from gencompress.t2i.teach import teach
 from gencompress.t2i.train import PRECISIONS, Progress, Training, quiet
 
 ALLOCATORS = ("zscore", "global", "uniform", "ecoflap")
-ROUNDS = 8  # of looking for a mask of multiples within the budget
-SHARES, MOST_REMOVED = 12, 0.95  # halvings of the share that ECoFLaP gives out; most of a layer
+HALVINGS = 12  # of the share that is kept, where the largest within the budget is looked for
+MOST_REMOVED = 0.95  # of a layer, by ECoFLaP: taste; there it is the setting max_sparsity
 
 
 @dataclass(frozen=True)
@@ -87,11 +103,13 @@ class Config:
             raise ValueError("blocks are layers of one unit: allocate must be global for them")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r}: known are {', '.join(PRECISIONS)}")
-        least = {"floor": 0, "multiple": 1, "batches": 1, "batch": 1, "latents": 1, "finetune": 0,
+        least = {"floor": 1, "multiple": 1, "batches": 1, "batch": 1, "latents": 1, "finetune": 0,
                  "images": 2, "steps": 1}  # fmt: skip
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} {getattr(self, name)}: {bound} or more")
+        _training(self)
+        _weights(self)
 
 
 def load(
@@ -101,7 +119,9 @@ def load(
 
     Raises:
         FormatError: a file is not what it should be.
-        ValueError: a dtype, device or name of data that is not known.
+        OSError: the hub did not give the pipeline.
+        ValueError: a dtype or name of data that is not known, or a size or guidance that the
+            pipeline cannot take.
     """
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype {dtype!r}: known are float32, float16 and bfloat16")
@@ -115,6 +135,8 @@ def load(
         guidance=config.guidance,
         device=device,
     )
+    # no picture: refuses now what it would refuse after the work
+    draw(pipe, (), seeds=(), steps=config.steps, guidance=config.guidance, size=size)
     return pipe, inputs
 
 
@@ -125,7 +147,7 @@ def score(
     latents or the pictures of `data`."""
     seen = calibrated(model, data, config.latents, None)
     inside, _ = denoiser(model)
-    groups = coupling.units(inside, config.kinds)
+    groups = prunable(inside, config.kinds)
     chosen = batches(seen, model, config.batches, config.batch, generator)
     return groups, scores(inside, groups, config.score, chosen, generator)
 
@@ -160,7 +182,7 @@ def compress(
     progress: Progress = quiet,
 ) -> Compressed:
     """Scores, chooses within the budget, makes up for what goes, cuts, and distils."""
-    room = room_for(model, config.kinds, budget, data.wanted.size)
+    room = room_for(model, config.kinds, budget, data.wanted.size, _floors(config))
     seen = calibrated(model, data, config.latents, workdir, progress)
     return _pruned(model, room, seen, config, generator, workdir, progress)
 
@@ -180,15 +202,12 @@ def _pruned(
     found = scores(model, room.units, config.score, chosen, generator)
     mask = _choose(model, room, found, chosen, config, generator)
     smaller = _made_up_for(model, room.units, mask, chosen, config)
-    log: list[dict[str, Any]] = [{"kind": "kept", **room.kept(mask)}]
+    kept = {"kind": "kept", **room.kept(mask), "stored": stored_type(model)}
+    log: list[dict[str, Any]] = [kept]
     if config.finetune:
-        how = Training(
-            config.finetune, config.batch, config.rate, config.finetune // 10,
-            ema=config.ema, precision=config.precision, log_every=10,
-        )  # fmt: skip
-        weights = Weights(config.denoise, config.output, config.blocks)
-        run = f"prune {config} {room.unit} {room.limit} {weights}"
-        folder = None if workdir is None else workdir / "tune"
+        weights, folder = _weights(config), None if workdir is None else workdir / "tune"
+        run = f"prune {config} {room.unit} {room.limit}"
+        how = _training(config)
         log += teach(pipe, smaller, seen, how, weights, folder, generator, run, progress)
     return Compressed(with_denoiser(pipe, smaller), {"main": mask}, found, log)
 
@@ -208,6 +227,22 @@ def _made_up_for(
         return coupling.compact(model, groups, mask)
 
 
+def _floors(config: Config) -> Floors:
+    share = 1 - MOST_REMOVED if config.allocate == "ecoflap" else 0.0
+    return Floors(config.floor, config.multiple, share)
+
+
+def _training(config: Config) -> Training:
+    return Training(
+        config.finetune, config.batch, config.rate, config.finetune // 10,
+        ema=config.ema, precision=config.precision, log_every=10,
+    )  # fmt: skip
+
+
+def _weights(config: Config) -> Weights:
+    return Weights(config.denoise, config.output, config.blocks)
+
+
 def _choose(
     model: Any,
     room: Room,
@@ -216,57 +251,75 @@ def _choose(
     config: Config,
     generator: torch.Generator,
 ) -> Mask:
-    """A mask within the budget, of multiples where they are asked for."""
-    limit, mask = room.limit, None
-    for _ in range(ROUNDS):
-        budget = Budget(limit, room.unit, floor=0 if "block" in config.kinds else config.floor)
-        if config.allocate == "zscore":
-            mask = zscore_by_cost(found, room.units, budget)
-        elif config.allocate == "ecoflap":
-            mask = _by_sensitivity(model, room, chosen, found, limit, config, generator)
-        else:
-            scope = "group" if config.allocate == "uniform" else "global"
-            mask = within_budget(found, room.units, replace(budget, scope=scope))
-        if config.multiple == 1:
-            return mask
-        mask = coupling.round_up(mask, found, room.units, config.multiple)
-        over = room.cost(mask) - room.limit
-        if over <= 0:
-            return mask
-        limit -= over
-    raise ValueError(f"no mask of multiples of {config.multiple} was found within the budget")
-
-
-def _by_sensitivity(
-    model: Any,
-    room: Room,
-    chosen: list[Any],
-    found: Scores,
-    limit: float,
-    config: Config,
-    generator: torch.Generator,
-) -> Mask:
-    """As many units of each layer as ECoFLaP gives it: the largest share of all heads, and of all
-    channels, that stays within the limit."""
-    weights = sensitivities(model, room.units, chosen, generator)
-    kinds = [[g for g in room.units if g.kind == kind] for kind in sorted({*config.kinds})]
-    best = None
-    low, high = 0.0, 1.0
-    for _ in range(SHARES):
+    """The mask that keeps most within the budget, of multiples where they are asked for."""
+    if config.allocate == "uniform":
+        masks = _by_share(room, found, config, _alike)
+    elif config.allocate == "ecoflap":
+        weights = sensitivities(model, room.units, chosen, generator)
+        masks = _by_share(
+            room, found, config, lambda groups, share: _given(model, groups, weights, share)
+        )
+    else:
+        masks = _by_rank(room, found, config)
+    mask = masks(1.0)
+    if room.holds(mask):
+        return mask
+    mask, low, high = masks(0.0), 0.0, 1.0
+    for _ in range(HALVINGS):
         share = (low + high) / 2
-        counts: dict[str, int] = {}
-        for groups in filter(None, kinds):
-            size = sum(group.cost.numel() for group in groups)
-            keep = max(round(share * size), len(groups))
-            counts |= ecoflap_keep(model, groups, weights, keep, MOST_REMOVED)
-        mask = top(found, count=counts, scope="group", floor=config.floor)
-        if room.cost(mask) <= limit:
-            low, best = share, mask
+        more = masks(share)
+        if room.holds(more):
+            low, mask = share, more
         else:
             high = share
-    if best is None:
-        raise ValueError("no share of every layer is within the budget; at least one unit stays")
-    return best
+    return mask
+
+
+def _by_rank(room: Room, found: Scores, config: Config) -> Callable[[float], Mask]:
+    """Masks of one ranking: within a share of the room above the floors."""
+    choose = zscore_by_cost if config.allocate == "zscore" else within_budget
+    floor = 0 if "block" in config.kinds else config.floor
+    least = sum(float(group.cost[:floor].sum()) for group in room.units)
+
+    def mask_of(share: float) -> Mask:
+        budget = Budget(least + share * (room.limit - least), room.unit, floor=floor)
+        mask = choose(found, room.units, budget)
+        return coupling.round_up(mask, found, room.units, config.multiple)
+
+    return mask_of
+
+
+def _by_share(
+    room: Room,
+    found: Scores,
+    config: Config,
+    counts: Callable[[list[Units], float], dict[str, int]],
+) -> Callable[[float], Mask]:
+    """Masks of the best of each layer, as many as `counts` gives it, but not under the floors."""
+
+    def mask_of(share: float) -> Mask:
+        given = counts(room.units, share)
+        given = {name: max(count, room.fewest[name]) for name, count in given.items()}
+        return top(found, count=in_multiples(given, room.units, config.multiple), scope="group")
+
+    return mask_of
+
+
+def _alike(groups: list[Units], share: float) -> dict[str, int]:
+    return {group.name: int(share * group.cost.numel()) for group in groups}
+
+
+def _given(
+    model: Any, groups: list[Units], weights: dict[str, float], share: float
+) -> dict[str, int]:
+    """What ECoFLaP gives each layer: heads and channels share out by themselves."""
+    counts: dict[str, int] = {}
+    for kind in sorted({group.kind for group in groups}):
+        some = [group for group in groups if group.kind == kind]
+        size = sum(group.cost.numel() for group in some)
+        keep = max(round(share * size), math.ceil((1 - MOST_REMOVED) * size))
+        counts |= ecoflap_keep(model, some, weights, keep, MOST_REMOVED)
+    return counts
 
 
 def compare(
@@ -290,7 +343,8 @@ def compare(
         return rows
     seen = calibrated(before, data, config.latents, None)
     kept = next(row for row in result.log if row["kind"] == "kept")
-    room = room_for(before, config.kinds, Budget(kept["cost"], kept["unit"]), seen.size)
+    budget = Budget(kept["budget"], kept["unit"])
+    room = room_for(before, config.kinds, budget, seen.size, _floors(config))
     arms = {config.score: result.model}
     for name in config.compare:
         progress(f"baseline {name}")
@@ -314,30 +368,39 @@ def _point(series: str, x: float, x_name: str, y: float, y_name: str, unit: str)
 
 
 def predict(model: Any, data: Inputs, budget: Budget, config: Config) -> dict[str, float]:
-    """Parameters and MACs before, and what the budget leaves."""
-    room = room_for(model, config.kinds, budget, config.size or default_size(model))
-    return room.predicted()
+    """What the denoiser costs in the budget's unit, what the budget leaves, and what the least is
+    that it could."""
+    return room_for(model, config.kinds, budget, data.wanted.size, _floors(config)).predicted()
 
 
 def measure(before: Any, after: Any, data: Inputs) -> list[Measurement]:
-    """Cost of the denoiser, time and memory of a forward, and the pictures of held-out prompts."""
-    return pipeline_rows(before, after, data)
+    """Cost of the denoiser, time and memory of a forward, and the pictures of held-out prompts.
+    `after` is moved to where `before` is, and into its dtype."""
+    return pipeline_rows(before, _beside(before, after), data)
 
 
 def save(result: Compressed, folder: Path, config: Config, data: Inputs) -> Path:
-    """A folder that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads."""
-    save_pipeline(result.model, folder)
+    """A folder that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads. Its
+    weights have the type that those of the input have in their files."""
+    kept = next(row for row in result.log if row["kind"] == "kept")
+    save_pipeline(result.model, folder, dtype=getattr(torch, kept["stored"]))
     return folder
 
 
 def restore(folder: Path) -> Any:
-    """The pipeline that `save` wrote."""
-    return load_pipeline(folder)
+    """The pipeline that `save` wrote, in float32 on the CPU."""
+    return load_pipeline(folder, dtype=torch.float32)
 
 
 def preview(before: Any, after: Any, result: Compressed, data: Inputs, folder: Path) -> None:
     """Pictures of held-out prompts, of both pipelines from the same seeds."""
-    write_preview(before, after, data.wanted, folder)
+    write_preview(before, _beside(before, after), data.wanted, folder)
+
+
+def _beside(before: Any, after: Any) -> Any:
+    model, _ = denoiser(before)
+    with hushed():
+        return after.to(device=model.device, dtype=model.dtype)
 
 
 def sample(model: Any, data: Inputs, folder: Path) -> list[Path]:
