@@ -33,6 +33,7 @@ OPS = (
     "rasterize_triangles",
     "select",
     "ssim",
+    "token_merge",
 )
 
 _chosen: ContextVar[str | None] = ContextVar("backend", default=None)
