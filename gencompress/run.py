@@ -238,9 +238,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 def _room(path: Path) -> str:
     """The room that reads a file, by its content: meshes and splats both may end in .ply. A folder
-    that is no capture is a pipeline's."""
+    that is neither a capture nor a SOG scene is a pipeline's."""
     if path.is_dir():
-        return "t2i"
+        return "splat" if (path / "meta.json").is_file() else "t2i"
     from gencompress.mesh.formats import is_mesh
     from gencompress.nerf.formats import is_field
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -169,5 +170,12 @@ def test_one_call_with_and_without_a_folder(scene, tmp_path):
 
 
 def test_a_folder_that_is_no_model(tmp_path):
-    with pytest.raises(FormatError, match="is no splat file"):
+    with pytest.raises(FormatError, match="expected a pipeline"):
         run.inspect(tmp_path)
+
+
+def test_a_folder_of_sog_is_a_scene(scene, tmp_path):
+    run.convert(scene, tmp_path / "whole.sog", strict=False, overwrite=False)
+    with zipfile.ZipFile(tmp_path / "whole.sog") as archive:
+        archive.extractall(tmp_path / "folder")
+    assert run.inspect(tmp_path / "folder")["count"] == run.inspect(scene)["count"]
