@@ -16,4 +16,6 @@ class Measurement:
     unit: str
     better: Literal["higher", "lower"]
     repeats: int = 1
-    spread: float | None = None  # standard deviation of `after` over the repeats, in `unit`
+    # of `after`, in `unit`: the standard deviation over repeats of a time or of photos; of sets of
+    # pictures from prompts, half the 95% interval that other pictures would leave
+    spread: float | None = None

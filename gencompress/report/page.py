@@ -88,6 +88,7 @@ def _for_page(
         "scene": scene,
         "labels": labels,
         "fitted": rows.is_fit(a),
+        "prompts": any(row["name"] == "same-seed PSNR" for row in a["measurements"]),
         "truth": rows.truth(a),
         "lede": lede(a),
         "headline": rows.headline(a),
