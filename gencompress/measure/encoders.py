@@ -246,8 +246,11 @@ def _inception(weights: Path, name: str, device: torch.device) -> Encoder:
 def _pretrained(maker: Any, folder: Path, device: torch.device) -> Any:
     """A model with every weight from the file: transformers would fill in what is not there."""
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
     try:
+        logging.disable_progress_bar()
         model, report = maker.from_pretrained(
             folder,
             local_files_only=True,
@@ -257,6 +260,9 @@ def _pretrained(maker: Any, folder: Path, device: torch.device) -> Any:
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
         raise FormatError(folder, first_line(problem)) from problem
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     missing = sorted(report["missing_keys"])
     if missing:
         raise FormatError(
