@@ -6,6 +6,7 @@ pictures with names (the folder of an emoji64.npz and an emoji64_captions.csv).
 The stages, in order: vae, clip, latents, sd, flux, and apart from these, with seeds and shapes of
 their own: judge (a CLIP), detector, copies. `assemble` writes scenes/tiny-sd, scenes/tiny-flux and
 scenes/tiny-eval. A stage that was stopped goes on from its checkpoint; a finished one is skipped.
+With `--start scenes/tiny-sd` the first two are taken from there, and `sd` trains that U-Net on.
 Two cores: about 25 minutes for the VAE, 15 for the CLIP, 2 to 3 hours a generator, 10 an encoder.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -205,13 +207,15 @@ class Latents:
         return {"latents": self.latents[picked].float(), "caption": torch.tensor(which)}
 
 
-def train_sd(work: Path, how: Training) -> None:
-    """Epsilon prediction on Stable Diffusion's schedule, min-SNR weights, 10% empty prompts."""
+def train_sd(work: Path, how: Training, start: Path | None = None) -> None:
+    """Epsilon prediction on Stable Diffusion's schedule, min-SNR weights, 10% empty prompts; goes
+    on from the U-Net of the pipeline `start`, if there is one."""
+    from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
-    from transformers import CLIPModel
+    from transformers import CLIPTextModel
 
     data, tokenizer = Latents(work, 2), read_tokenizer(work)
-    text = CLIPModel.from_pretrained(work / "clip").text_model.eval()
+    text = CLIPTextModel.from_pretrained(work / "clip").float().eval()
     with torch.no_grad():
         states = torch.cat(
             [
@@ -221,6 +225,8 @@ def train_sd(work: Path, how: Training) -> None:
         ).to(torch.bfloat16)
     torch.manual_seed(0)
     unet = tiny.unet()
+    if start is not None:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(start / "unet").state_dict())
     # bfloat16 matrices multiplied one after the other: twice the speed of the fused attention here
     unet.set_attn_processor(AttnProcessor())
     scheduler = tiny.sd_scheduler()
@@ -238,10 +244,10 @@ def train_sd(work: Path, how: Training) -> None:
 
 def train_flux(work: Path, how: Training) -> None:
     """Rectified flow; the T5 encoder is trained with the transformer, CLIP's pooled text is not."""
-    from transformers import CLIPModel, T5EncoderModel
+    from transformers import CLIPTextModel, T5EncoderModel
 
     data, tokenizer = Latents(work, 3), read_tokenizer(work)
-    text = CLIPModel.from_pretrained(work / "clip").text_model.eval()
+    text = CLIPTextModel.from_pretrained(work / "clip").float().eval()
     tokens = tokenized(tokenizer, data.captions)
     with torch.no_grad():
         pooled = torch.cat([text(input_ids=part).pooler_output for part in tokens.split(256)])
@@ -384,6 +390,15 @@ def moved(x: Tensor, chance: Draws) -> Tensor:
     turn[:, 0, 2], turn[:, 1, 2] = ((2 * chance.uniform() - 1) * (1 - share) for _ in range(2))
     grid = F.affine_grid(turn, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def take_parts(start: Path, work: Path) -> None:
+    """The autoencoder and the text encoder of a pipeline's folder, as if they were trained here."""
+    if not (work / "vae").exists():
+        shutil.copytree(start / "vae", work / "vae")
+    if not (work / "clip").exists():
+        shutil.copytree(start / "text_encoder", work / "clip")
+        shutil.copytree(start / "tokenizer", work / "clip", dirs_exist_ok=True)
 
 
 def run(work: Path, models: dict[str, nn.Module], step: Any, data: Any, how: Training) -> None:
@@ -554,6 +569,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and results")
     parser.add_argument("--steps", type=int, help="instead of the stage's own")
+    parser.add_argument("--start", type=Path, help="pipeline whose parts and U-Net to go on from")
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args()
     unknown = [stage for stage in given.stages if stage not in names]
@@ -562,6 +578,8 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     given.work.mkdir(exist_ok=True)
+    if given.start:
+        take_parts(given.start, given.work)
     sprites = read_sprites(given.data)
     for stage in given.stages:
         if stage == "assemble":
@@ -582,7 +600,7 @@ def main() -> None:
         elif stage == "latents":
             cache_latents(sprites, given.work, given.steps or NUM_LATENTS)
         elif stage == "sd":
-            train_sd(given.work, how)
+            train_sd(given.work, how, given.start)
         elif stage == "flux":
             train_flux(given.work, how)
         elif stage == "detector":
