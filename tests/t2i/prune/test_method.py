@@ -170,7 +170,8 @@ def test_latents_of_another_run_are_not_taken(ground, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "clean_latents", counting)
 
     def seen(pipe=pipe, data=data, count=4):
-        found = calibrate.calibrated(pipe, data, count, tmp_path)
+        # as another process would, with nothing in memory
+        found = calibrate.calibrated(pipe, dataclasses.replace(data, sampled={}), count, tmp_path)
         assert len(found.latents) == len(found.prompts) == count and found.kind == "sampled"
         return found.latents, len(drawn)
 
@@ -185,6 +186,9 @@ def test_latents_of_another_run_are_not_taken(ground, tmp_path, monkeypatch):
     assert torch.equal(seen()[0], first) and len(drawn) == 8
     path.write_bytes(path.read_bytes()[:100])
     assert torch.equal(seen()[0], first) and len(drawn) == 9
+    # and once in a process, also where no folder keeps them
+    again = [calibrate.calibrated(pipe, data, 3, None).latents for _ in range(2)]
+    assert torch.equal(*again) and len(drawn) == 10
 
 
 def test_comparing_scores(ground):
