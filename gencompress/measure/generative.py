@@ -114,7 +114,7 @@ def kid(
     found = _mmd2(
         made,
         real,
-        _cubic,
+        kid_kernel,
         torch.cat([chosen[0], counts[0]]),
         torch.cat([chosen[1], counts[1]]),
         unbiased=True,
@@ -126,7 +126,7 @@ def kid(
 def kernel_distance(made: Tensor, real: Tensor) -> float:
     """KID of the whole sets, without subsets, for `paired_difference`."""
     made, real = _pair(made, real)
-    return float(_mmd2(made, real, _cubic, _ones(made), _ones(real), unbiased=True))
+    return float(_mmd2(made, real, kid_kernel, _ones(made), _ones(real), unbiased=True))
 
 
 def cmmd(
@@ -154,7 +154,7 @@ def cmmd(
     weights = [
         torch.cat([_ones(rows), _counts(len(rows), resamples, generator)]) for rows in (made, real)
     ]
-    found = CMMD_SCALE * _mmd2(made, real, _gaussian, *weights, unbiased=unbiased)
+    found = CMMD_SCALE * _mmd2(made, real, cmmd_kernel, *weights, unbiased=unbiased)
     name = "CMMD" if unbiased else "CMMD, V-statistic"
     return around(float(found[0]), found[1:], f"{name} ({encoder})", len(made))
 
@@ -162,7 +162,7 @@ def cmmd(
 def clip_mmd(made: Tensor, real: Tensor, *, unbiased: bool = True) -> float:
     """The value of `cmmd` alone, for `paired_difference`."""
     made, real = (unit(rows) for rows in _pair(made, real))
-    found = _mmd2(made, real, _gaussian, _ones(made), _ones(real), unbiased=unbiased)
+    found = _mmd2(made, real, cmmd_kernel, _ones(made), _ones(real), unbiased=unbiased)
     return CMMD_SCALE * float(found)
 
 
@@ -264,11 +264,13 @@ def _counts(count: int, resamples: int, generator: torch.Generator) -> Tensor:
     return counts.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
 
 
-def _cubic(a: Tensor, b: Tensor) -> Tensor:
+def kid_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """[A, B]: (x.y / D + 1)^3 (Binkowski et al. 2018)."""
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def _gaussian(a: Tensor, b: Tensor) -> Tensor:
+def cmmd_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """[A, B], less 1: the Gaussian of CMMD_SIGMA."""
     # Minus 1, which cancels in an MMD: of unit vectors all kernel values are within 2% of it.
     return torch.expm1(-_squares(a, b) / (2 * CMMD_SIGMA**2))
 

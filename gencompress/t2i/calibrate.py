@@ -6,8 +6,6 @@ form its denoiser knows: scaled, and packed into tokens for Flux.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gencompress.files import save_tensors, writing
-from gencompress.t2i.data.cache import encode_images
+from gencompress.t2i.data.cache import digest, encode_images
 from gencompress.t2i.distill import Draws, Noised, diffuse, draws, flow, seeds, shift_of
 from gencompress.t2i.inputs import Inputs
-from gencompress.t2i.pipeline import denoiser, encode_prompts, hushed, with_parts
-from gencompress.t2i.sample import call_settings, default_size
+from gencompress.t2i.pipeline import denoiser, encode_prompts, with_parts
+from gencompress.t2i.sample import called, default_size
 from gencompress.t2i.tiny import flux_ids, packed
 from gencompress.t2i.train import Progress, quiet, sample_order
 
@@ -57,8 +55,8 @@ class Calibration:
     @property
     def digest(self) -> str:
         """sha256, hexadecimal."""
-        tensors = {"latents": self.latents, **dict(sorted(self.rows.items()))}
-        return _digest([self.prompts, self.size, self.kind], tensors)
+        tensors = [("latents", self.latents), *sorted(self.rows.items())]
+        return digest([self.prompts, self.size, self.kind], tensors)
 
 
 def conditions(pipe: Any, prompts: Sequence[str], batch: int = 64) -> dict[str, Tensor]:
@@ -123,23 +121,11 @@ def clean_latents(
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; expected one each")
     size = default_size(pipe) if size is None else size
     own = with_parts(pipe, scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config))
-    own.set_progress_bar_config(disable=True)
+    how = {"seeds": seeds, "steps": steps, "guidance": guidance, "size": size, "batch": batch}
     found = []
-    for first in range(0, len(prompts), batch):
-        progress(f"sampling latents: {first} of {len(prompts)}")
-        texts = list(prompts[first : first + batch])
-        with hushed():
-            made = own(
-                prompt=texts,
-                generator=[
-                    torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch]
-                ],
-                num_inference_steps=steps,
-                height=size,
-                width=size,
-                output_type="latent",
-                **call_settings(own, guidance, len(texts)),
-            ).images
+    for made in called(
+        own, prompts, **how, kind="latent", doing="sampling latents", progress=progress
+    ):
         if not made.isfinite().all():
             raise ValueError(f"the pipeline gave latents that are not numbers, in {made.dtype}")
         found.append(made.float().cpu())
@@ -164,10 +150,10 @@ def calibrated(
     prompts = tuple(inputs.prompts[i % len(inputs.prompts)] for i in range(count))
     rows, how = conditions(pipe, prompts), (wanted.steps, wanted.guidance, wanted.size)
     path = None if workdir is None else workdir / "latents.safetensors"
-    digest = _sampled_digest(pipe, rows, prompts, how)
-    latents = inputs.sampled.get(digest)
+    made_by = _sampled_digest(pipe, rows, prompts, how)
+    latents = inputs.sampled.get(made_by)
     if latents is None and path is not None:
-        latents = _kept(path, digest)
+        latents = _kept(path, made_by)
     if latents is None:
         latents = clean_latents(
             pipe, prompts, seeds=range(OWN_SEEDS, OWN_SEEDS + count), steps=wanted.steps,
@@ -175,8 +161,8 @@ def calibrated(
         )  # fmt: skip
         if path is not None:
             with writing(path, overwrite=True) as part:
-                save_tensors(part, {"latents": latents}, {MADE_BY: digest})
-    inputs.sampled[digest] = latents
+                save_tensors(part, {"latents": latents}, {MADE_BY: made_by})
+    inputs.sampled[made_by] = latents
     return Calibration(latents, rows, prompts, wanted.size, "sampled")
 
 
@@ -185,27 +171,18 @@ def _sampled_digest(
 ) -> str:
     """Of all that decides the latents that a pipeline samples."""
     about = [type(pipe).__name__, repr(sorted(pipe.scheduler.config.items())), prompts, how]
-    return _digest(about, {**rows, **denoiser(pipe)[0].state_dict()})
+    return digest(about, {**rows, **denoiser(pipe)[0].state_dict()}.items())
 
 
-def _kept(path: Path, digest: str) -> Tensor | None:
+def _kept(path: Path, made_by: str) -> Tensor | None:
     """The latents of the file if it is whole and has this digest."""
     try:
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get(MADE_BY) == digest:
+            if (file.metadata() or {}).get(MADE_BY) == made_by:
                 return file.get_tensor("latents").clone()
     except (SafetensorError, OSError):
         pass
     return None
-
-
-def _digest(about: Any, tensors: Mapping[str, Tensor]) -> str:
-    """sha256, hexadecimal, of plain values and of tensors."""
-    found = hashlib.sha256(json.dumps(about).encode())
-    for name, tensor in tensors.items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def image_latents(pipe: Any, images: Tensor, batch: int = 32) -> Tensor:

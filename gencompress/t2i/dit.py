@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
-from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward, JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
@@ -31,6 +29,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from gencompress.core.units import Slice, Units
+from gencompress.t2i.owned import expect_plain, group, neurons, rows, whole
 
 # the lists of blocks of each model, in the order they run
 BLOCKS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -86,9 +85,7 @@ def units(model: nn.Module) -> list[Units]:
         if sites is None:
             _expect_dropped(path, block)
             continue
-        inside = (f"{path}.{name}" for name, _ in block.named_parameters())
-        whole = [Slice(name, 0, 0, tensors[name].shape[0]) for name in inside]
-        found.append(_group(path, "block", 1, whole, tensors))
+        found.append(whole(path, block, tensors))
         for site in sites:
             found.extend(_site(path, block, site, tensors))
     return found
@@ -106,22 +103,20 @@ def _site(
     """The group of one site, or none where the block has no such site."""
     path, module = f"{block_path}.{name}", getattr(block, name)
     if isinstance(block, FluxSingleTransformerBlock):
-        _expect_linear(f"{block_path}.proj_out", block.proj_out)
+        expect_plain(f"{block_path}.proj_out", block.proj_out)
     if isinstance(module, Attention | FluxAttention):
         owned = _head(path, module, tensors)
         if module.pre_only:  # the block's own output layer reads the heads, and behind them the MLP
             owned.append(Slice(f"{block_path}.proj_out.weight", 1, 0, owned[0].width))
-        yield _group(path, "head", module.heads, owned, tensors)
+        yield group(path, "head", module.heads, owned, tensors)
     elif isinstance(module, FeedForward):
-        owned = _neuron(path, module, tensors)
-        count = tensors[f"{path}.net.2.weight"].shape[1]
-        yield _group(path, "channel", count, owned, tensors)
+        yield neurons(path, module, tensors)
     elif name == "proj_mlp":
-        _expect_linear(path, module)
+        expect_plain(path, module)
         out = f"{block_path}.proj_out.weight"
         count = tensors[f"{path}.weight"].shape[0]
-        owned = [*_rows(path, 0, 1, tensors), Slice(out, 1, tensors[out].shape[1] - count)]
-        yield _group(path, "channel", count, owned, tensors)
+        owned = [*rows(path, tensors), Slice(out, 1, tensors[out].shape[1] - count)]
+        yield group(path, "channel", count, owned, tensors)
     elif module is not None:
         _expect_dropped(path, module)
 
@@ -142,44 +137,12 @@ def _head(
     for name in (*HEAD_ROWS, *HEAD_COLUMNS):
         if getattr(attention, name.split(".")[0], None) is None:
             continue
-        _expect_linear(f"{path}.{name}", attention.get_submodule(name))
+        expect_plain(f"{path}.{name}", attention.get_submodule(name))
         if name in HEAD_ROWS:
-            owned += _rows(f"{path}.{name}", 0, width, tensors)
+            owned += rows(f"{path}.{name}", tensors, width)
         else:
             owned.append(Slice(f"{path}.{name}.weight", 1, 0, width))
     return owned
-
-
-def _neuron(path: str, feed_forward: FeedForward, tensors: Mapping[str, Tensor]) -> list[Slice]:
-    first, second = f"{path}.net.0.proj", f"{path}.net.2"
-    for name in (first, second):
-        _expect_linear(name, feed_forward.get_submodule(name.removeprefix(f"{path}.")))
-    gated = isinstance(feed_forward.net[0], GEGLU | SwiGLU)
-    starts = (0, tensors[f"{second}.weight"].shape[1]) if gated else (0,)
-    rows = [one for start in starts for one in _rows(first, start, 1, tensors)]
-    return [*rows, Slice(f"{second}.weight", 1)]
-
-
-def _rows(path: str, start: int, width: int, tensors: Mapping[str, Tensor]) -> list[Slice]:
-    """Rows of a linear layer and, where it has one, the same entries of its bias."""
-    names = (f"{path}.weight", f"{path}.bias")
-    return [Slice(name, 0, start, width) for name in names if name in tensors]
-
-
-def _group(
-    name: str, kind: str, count: int, owned: list[Slice], tensors: Mapping[str, Tensor]
-) -> Units:
-    sizes = [tensors[part].numel() // tensors[part].shape[axis] * w for part, axis, _, w in owned]
-    cost = torch.full((count,), float(sum(sizes)), dtype=torch.float64)
-    return Units(name, kind, cost, tuple(owned))
-
-
-def _expect_linear(path: str, layer: nn.Module) -> None:
-    if type(layer) is not nn.Linear:
-        raise ValueError(
-            f"{path} is a {type(layer).__name__}, expected a plain Linear: fuse or unload adapters"
-            " first, and load weights unquantised"
-        )
 
 
 def _expect_dropped(path: str, module: nn.Module) -> None:

@@ -24,7 +24,13 @@ from gencompress.measure import Measurement
 from gencompress.measure.agreement import all_found, clip_scores, same_seed_distances, unit
 from gencompress.measure.encoders import Encoder, encode_images, encode_texts
 from gencompress.measure.estimate import Estimate, around, bootstrap, draw, paired_difference
-from gencompress.measure.generative import CMMD_SCALE, CMMD_SIGMA, SET_RESAMPLES, frechet
+from gencompress.measure.generative import (
+    CMMD_SCALE,
+    SET_RESAMPLES,
+    cmmd_kernel,
+    frechet,
+    kid_kernel,
+)
 from gencompress.measure.image import WINDOW, psnr, ssim
 from gencompress.t2i.sample import sample
 
@@ -149,19 +155,15 @@ def paired_kid(before: Tensor, after: Tensor, encoder: str) -> Estimate:
     """Unbiased squared MMD with the kernel of KID, (x.y / D + 1)^3, between features [N, D] of
     partners: see `_paired_mmd2`."""
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
     name = f"KID distance to the pictures before ({encoder})"
-    return _paired_mmd2(before.double(), after.double(), kernel, name)
+    return _paired_mmd2(before.double(), after.double(), kid_kernel, name)
 
 
 def paired_cmmd(before: Tensor, after: Tensor, encoder: str) -> Estimate:
     """The same with the kernel and the factor of CMMD, between CLIP features [N, D]."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
-        # of unit vectors; less 1, which cancels
-        return CMMD_SCALE * torch.expm1((a @ b.T - 1) / CMMD_SIGMA**2)
+        return CMMD_SCALE * cmmd_kernel(a, b)
 
     old, new = unit(before.double()), unit(after.double())
     return _paired_mmd2(old, new, kernel, f"CMMD to the pictures before ({encoder})")

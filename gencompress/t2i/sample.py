@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,10 +71,42 @@ def sample(
     _check_size(pipe, size)
     _check_length(pipe, prompts, strict)
     own = with_parts(pipe, scheduler=_scheduler(pipe, scheduler))
-    own.set_progress_bar_config(disable=True)
     found = [torch.empty(0, size, size, 3, dtype=torch.uint8)]
+    how = {"seeds": seeds, "steps": steps, "guidance": guidance, "size": size, "batch": batch}
+    for made in called(own, prompts, **how, kind="np", doing="sampling", progress=progress):
+        if not np.isfinite(made).all():
+            kind = str(denoiser(pipe)[0].dtype).removeprefix("torch.")
+            raise ValueError(f"the pipeline gave pictures that are not numbers, in {kind}")
+        found.append(torch.from_numpy(np.rint(made * 255).astype(np.uint8)))
+    return torch.cat(found)
+
+
+def called(
+    own: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float | None,
+    size: int,
+    batch: int,
+    kind: str,
+    doing: str,
+    progress: Progress,
+) -> Iterator[Any]:
+    """What a pipeline gives for the prompts, `batch` at a time.
+
+    Args:
+        own: a pipeline with a scheduler that nobody else uses.
+        kind: `output_type` of its call.
+        doing: for progress.
+
+    Raises:
+        ValueError: the scheduler cannot run so many steps.
+    """
+    own.set_progress_bar_config(disable=True)
     for first in range(0, len(prompts), batch):
-        progress(f"sampling: {first} of {len(prompts)}")
+        progress(f"{doing}: {first} of {len(prompts)}")
         texts = list(prompts[first : first + batch])
         chance = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch]]
         try:
@@ -85,17 +117,13 @@ def sample(
                     num_inference_steps=steps,
                     height=size,
                     width=size,
-                    output_type="np",
+                    output_type=kind,
                     **call_settings(own, guidance, len(texts)),
                 ).images
         except ValueError as problem:
             what = f"{steps} steps of {type(own.scheduler).__name__}"
             raise ValueError(f"{type(own).__name__} cannot run {what}: {problem}") from problem
-        if not np.isfinite(made).all():
-            kind = str(denoiser(pipe)[0].dtype).removeprefix("torch.")
-            raise ValueError(f"the pipeline gave pictures that are not numbers, in {kind}")
-        found.append(torch.from_numpy(np.rint(made * 255).astype(np.uint8)))
-    return torch.cat(found)
+        yield made
 
 
 def default_size(pipe: Any) -> int:

@@ -203,7 +203,7 @@ def mini_flux(seed: int = 0) -> Any:
     return _stirred(model, seed)
 
 
-def mini_sd3(seed: int = 0, dual: bool = False) -> Any:
+def mini_sd3(seed: int = 0, dual: bool = False, text_width: int = 24) -> Any:
     """Three joint blocks, the last without a text branch; `dual`: the first has a second attention,
     as in Stable Diffusion 3.5."""
     torch.manual_seed(seed)
@@ -217,7 +217,7 @@ def mini_sd3(seed: int = 0, dual: bool = False) -> Any:
         num_layers=3,
         attention_head_dim=12,
         num_attention_heads=4,
-        joint_attention_dim=24,
+        joint_attention_dim=text_width,
         caption_projection_dim=48,
         pooled_projection_dim=48,
         pos_embed_max_size=16,
@@ -349,7 +349,8 @@ def mini_pipeline(family: str, seed: int = 0) -> Any:
             text_encoder_2=CLIPTextModelWithProjection(clip).eval(),
             tokenizer_3=tokenizer,
             text_encoder_3=T5EncoderModel(t5_config(tokenizer, 48)).eval(),
-            transformer=_sd3_for_pipeline(seed),
+            # its text states are two CLIPs' side by side, padded to the width of T5's
+            transformer=mini_sd3(seed, text_width=48),
         )
     if family == "pixart":
         return diffusers.PixArtSigmaPipeline(
@@ -364,15 +365,6 @@ def mini_pipeline(family: str, seed: int = 0) -> Any:
             transformer=mini_flux(seed),
         )
     raise ValueError(f"no miniature of {family!r}; there are {', '.join(PIPELINES)}")
-
-
-def _sd3_for_pipeline(seed: int) -> Any:
-    """Its text states are two CLIPs' side by side, padded to the width of T5's (48)."""
-    from diffusers import SD3Transformer2DModel
-
-    config = dict(mini_sd3(seed).config) | {"joint_attention_dim": 48}
-    torch.manual_seed(seed)
-    return _stirred(SD3Transformer2DModel.from_config(config), seed)
 
 
 def _stirred(model: Any, seed: int) -> Any:

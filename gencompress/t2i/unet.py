@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from diffusers import Transformer2DModel, UNet2DConditionModel
-from diffusers.models.activations import GEGLU, SwiGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from gencompress.core.units import Slice, Units
+from gencompress.t2i.owned import expect_plain, group, neurons, rows, whole
 
 # what computes attention without weights of its own, in heads that do not see each other
 PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
@@ -50,18 +49,18 @@ def units(model: UNet2DConditionModel) -> list[Units]:
             if channels.get(path, module.in_channels) == module.out_channels and not (
                 module.up or module.down
             ):
-                found.append(_block(path, module, tensors))
+                found.append(whole(path, module, tensors))
             found.append(_groups(path, module, tensors))
         elif isinstance(module, Transformer2DModel):
-            found.append(_block(path, module, tensors))
+            found.append(whole(path, module, tensors))
         elif isinstance(module, BasicTransformerBlock):
             stack = model.get_submodule(path.rpartition(".")[0])
             if isinstance(stack, nn.ModuleList) and len(stack) > 1:
-                found.append(_block(path, module, tensors))
+                found.append(whole(path, module, tensors))
         elif isinstance(module, Attention):
             found.append(_heads(path, module, tensors))
         elif isinstance(module, FeedForward):
-            found.append(_inner(path, module, tensors))
+            found.append(neurons(path, module, tensors))
     return found
 
 
@@ -79,55 +78,24 @@ def _hidden_channels(model: UNet2DConditionModel) -> dict[str, int]:
 def _heads(path: str, attention: Attention, tensors: Mapping[str, Tensor]) -> Units:
     _expect_plain(path, attention)
     width = attention.to_q.out_features // attention.heads
-    rows = [one for name in ("to_q", "to_k", "to_v") for one in _rows(f"{path}.{name}", tensors)]
-    owned = [Slice(name, 0, 0, width) for name in rows]
+    paths = [f"{path}.{name}" for name in ("to_q", "to_k", "to_v")]
+    owned = [one for layer in paths for one in rows(layer, tensors, width)]
     owned.append(Slice(f"{path}.to_out.0.weight", 1, 0, width))
-    return _group(path, "head", attention.heads, owned, tensors)
-
-
-def _inner(path: str, feed_forward: FeedForward, tensors: Mapping[str, Tensor]) -> Units:
-    first, second = f"{path}.net.0.proj", f"{path}.net.2"
-    _expect_layer(first, feed_forward.net[0].proj, nn.Linear)
-    _expect_layer(second, feed_forward.net[2], nn.Linear)
-    count = feed_forward.net[2].in_features
-    halves = (0, count) if isinstance(feed_forward.net[0], GEGLU | SwiGLU) else (0,)
-    owned = [Slice(name, 0, start) for name in _rows(first, tensors) for start in halves]
-    return _group(path, "channel", count, [*owned, Slice(f"{second}.weight", 1)], tensors)
+    return group(path, "head", attention.heads, owned, tensors)
 
 
 def _groups(path: str, resnet: ResnetBlock2D, tensors: Mapping[str, Tensor]) -> Units:
-    _expect_layer(f"{path}.conv1", resnet.conv1, nn.Conv2d)
-    _expect_layer(f"{path}.conv2", resnet.conv2, nn.Conv2d)
+    expect_plain(f"{path}.conv1", resnet.conv1, nn.Conv2d)
+    expect_plain(f"{path}.conv2", resnet.conv2, nn.Conv2d)
     count, channels = resnet.norm2.num_groups, resnet.norm2.num_channels
     width = channels // count
-    rows = [*_rows(f"{path}.conv1", tensors), *_rows(f"{path}.norm2", tensors)]
-    owned = [Slice(name, 0, 0, width) for name in rows]
+    owned = [one for name in ("conv1", "norm2") for one in rows(f"{path}.{name}", tensors, width)]
     if resnet.time_emb_proj is not None:
-        _expect_layer(f"{path}.time_emb_proj", resnet.time_emb_proj, nn.Linear)
+        expect_plain(f"{path}.time_emb_proj", resnet.time_emb_proj)
         halves = (0, channels) if resnet.time_embedding_norm == "scale_shift" else (0,)
-        shifts = _rows(f"{path}.time_emb_proj", tensors)
-        owned += [Slice(name, 0, start, width) for name in shifts for start in halves]
+        owned += rows(f"{path}.time_emb_proj", tensors, width, halves)
     owned.append(Slice(f"{path}.conv2.weight", 1, 0, width))
-    return _group(f"{path}.norm2", "channel", count, owned, tensors)
-
-
-def _block(path: str, block: nn.Module, tensors: Mapping[str, Tensor]) -> Units:
-    names = [f"{path}.{name}" for name, _ in block.named_parameters()]
-    owned = [Slice(name, 0, 0, tensors[name].shape[0]) for name in names]
-    return _group(path, "block", 1, owned, tensors)
-
-
-def _group(
-    name: str, kind: str, count: int, owned: list[Slice], tensors: Mapping[str, Tensor]
-) -> Units:
-    sizes = [tensors[part].numel() // tensors[part].shape[axis] * w for part, axis, _, w in owned]
-    cost = torch.full((count,), float(sum(sizes)), dtype=torch.float64)
-    return Units(name, kind, cost, tuple(owned))
-
-
-def _rows(path: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The parameters of a layer that have an entry or a row per output."""
-    return [name for name in (f"{path}.weight", f"{path}.bias") if name in tensors]
+    return group(f"{path}.norm2", "channel", count, owned, tensors)
 
 
 def _expect_plain(path: str, attention: Attention) -> None:
@@ -143,14 +111,6 @@ def _expect_plain(path: str, attention: Attention) -> None:
             " (IP-Adapter, LoRA) first"
         )
     for name in ("to_q", "to_k", "to_v", "to_out.0"):
-        _expect_layer(f"{path}.{name}", attention.get_submodule(name), nn.Linear)
+        expect_plain(f"{path}.{name}", attention.get_submodule(name))
     if attention.inner_kv_dim != attention.inner_dim:
         raise ValueError(f"{path} shares keys and values between heads, expected them per head")
-
-
-def _expect_layer(path: str, layer: nn.Module, kind: type[nn.Module]) -> None:
-    if type(layer) is not kind:
-        raise ValueError(
-            f"{path} is a {type(layer).__name__}, expected a plain {kind.__name__}: fuse or unload"
-            " adapters first, and load weights unquantised"
-        )

@@ -150,11 +150,16 @@ def _half(name: str, tensor: Tensor) -> Tensor:
     return half
 
 
-def _digest(about: Any, models: Iterable[nn.Module], tensors: Iterable[Tensor]) -> str:
-    """sha256 of plain values, of all weights by name, and of tensors."""
-    found = hashlib.sha256(json.dumps([FORMAT, about]).encode())
-    named = [pair for model in models for pair in sorted(model.state_dict().items())]
-    for name, tensor in [*named, *(("", tensor) for tensor in tensors)]:
+def digest(about: Any, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256, hexadecimal, of plain values and of named tensors in their order."""
+    found = hashlib.sha256(json.dumps(about).encode())
+    for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def _digest(about: Any, models: Iterable[nn.Module], tensors: Iterable[Tensor]) -> str:
+    """Of plain values, of all weights by name, and of tensors."""
+    named = [pair for model in models for pair in sorted(model.state_dict().items())]
+    return digest([FORMAT, about], [*named, *(("", tensor) for tensor in tensors)])
