@@ -37,9 +37,9 @@ class Draws:
         rows = [torch.randn(shape, generator=one, device="cpu") for one in self.generators]
         return torch.stack(rows).to(self.device)
 
-    def uniform(self) -> Tensor:
-        """float32 [B] in [0, 1)."""
-        rows = [torch.rand((), generator=one, device="cpu") for one in self.generators]
+    def uniform(self, *shape: int) -> Tensor:
+        """float32 [B, *shape] in [0, 1)."""
+        rows = [torch.rand(shape, generator=one, device="cpu") for one in self.generators]
         return torch.stack(rows).to(self.device)
 
     def below(self, end: int) -> Tensor:

@@ -34,6 +34,7 @@ Weights = Mapping[str, nn.Parameter]  # as `trained` names them
 FILE = "checkpoint.safetensors"
 MODEL, AVERAGE = "model/", "average/"  # before names in it
 PRECISIONS = ("no", "bf16", "pure-bf16")
+SAVING = 0.05  # of the time, most of what checkpoints take
 
 
 def quiet(text: str) -> None:
@@ -60,7 +61,8 @@ class Training:
         0  # samples a process passes forward and backward at once, to save memory; 0: all
     )
     save_steps: int = 0  # between checkpoints; 0: not counted
-    save_seconds: float = 600.0  # between checkpoints; 0: not timed
+    # between checkpoints, and so far apart that saving takes at most SAVING; 0: not timed
+    save_seconds: float = 60.0
     log_every: int = 50  # steps averaged in one row of the log
 
     def __post_init__(self) -> None:
@@ -243,7 +245,7 @@ def fit(
     weights: Weights = masters.high if masters else parameters
     optimizer = _optimizer(weights, how, moments)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bf16")
-    saved = time.monotonic()
+    saved, cost = time.monotonic(), 0.0
     begin, shown = saved - state.seconds, (state.step, state.seconds)
     try:
         while state.step < how.steps:
@@ -276,11 +278,13 @@ def fit(
                 progress(_line(state, how.steps, *shown))
                 shown = state.step, state.seconds
             due = how.save_steps and state.step % how.save_steps == 0
-            due = due or 0 < how.save_seconds <= time.monotonic() - saved
+            now = time.monotonic()
+            due = due or how.save_seconds and now - saved >= max(how.save_seconds, cost / SAVING)
             if path is not None and (end or due):
                 kept = _kept(models, weights, ema) | _moments(weights, optimizer)
                 save(path, decides, state, kept, generator)
                 saved = time.monotonic()
+                cost = saved - now
     finally:
         optimizer.zero_grad()
         if masters:

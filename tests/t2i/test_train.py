@@ -436,9 +436,16 @@ def test_a_checkpoint_by_time(tmp_path, monkeypatch):
     saved, clock = [], iter(range(0, 10_000, 10))
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(module, "save", lambda path, decides, state, *_: saved.append(state.step))
+    monkeypatch.setattr(module, "SAVING", 1.0)
     run(replace(HOW, save_seconds=55.0), tmp_path)
     # the clock is read once for "seconds" and once for the checkpoint in every step
     assert saved == [3, 6, 9, 10]
+    saved.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(module, "save", lambda path, decides, state, *_: saved.append(state.step))
+    run(replace(HOW, save_seconds=55.0), tmp_path)
+    assert saved == [3, 10]  # a save takes 10 seconds, so none for 200 after it
     saved.clear()
     run(HOW, tmp_path)
     assert saved == [10]
