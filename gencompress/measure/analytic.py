@@ -375,10 +375,15 @@ def aptp(unet_model: nn.Module, latent: int) -> int:
     (`latent` 96): 1383.5 G, published 1384.2 G, true 1074.6 G. Left out: biases, norms and
     activations, which the code counts as well (0.04%).
     """
-    found = 0
+    return sum(aptp_by_module(unet_model, latent).values())
+
+
+def aptp_by_module(unet_model: nn.Module, latent: int) -> dict[str, int]:
+    """As `aptp`, per module path."""
+    found = {}
     for layer in layers(unet_model, latent, tokens=1):
         across = layer.kind == CORE and layer.path.endswith("attn2")
-        found += (layer.macs + layer.scores) * (layer.positions if across else 1)
+        found[layer.path] = (layer.macs + layer.scores) * (layer.positions if across else 1)
     return found
 
 

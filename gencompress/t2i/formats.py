@@ -186,6 +186,15 @@ def float_type(header: Header) -> str:
     return max(counts, key=counts.__getitem__)
 
 
+def stored_type(model: Any) -> str:
+    """The dtype of a denoiser's weights in the files that it was read from; that in memory where
+    there are none."""
+    folder = Path(model.config.get("_name_or_path") or "")
+    if not (folder / "config.json").is_file():
+        return str(model.dtype).removeprefix("torch.")
+    return float_type(headers(folder)[0])
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds a table. Raises FormatError."""
     if not path.is_file():

@@ -34,7 +34,7 @@ Weights = Mapping[str, nn.Parameter]  # as `trained` names them
 FILE = "checkpoint.safetensors"
 MODEL, AVERAGE = "model/", "average/"  # before names in it
 PRECISIONS = ("no", "bf16", "pure-bf16")
-SAVING = 0.05  # of the time, most of what checkpoints take
+SAVING = 0.05  # of the time, most that timed checkpoints take
 
 
 def quiet(text: str) -> None:
@@ -57,12 +57,10 @@ class Training:
     # no: float32; bf16: autocast; pure-bf16: bfloat16 weights with float32 masters, the fastest
     # where the processor multiplies bfloat16
     precision: str = "no"
-    at_once: int = (
-        0  # samples a process passes forward and backward at once, to save memory; 0: all
-    )
+    # samples a process passes forward and backward at once, to save memory; 0: all
+    at_once: int = 0
     save_steps: int = 0  # between checkpoints; 0: not counted
-    # between checkpoints, and so far apart that saving takes at most SAVING; 0: not timed
-    save_seconds: float = 60.0
+    save_seconds: float = 60.0  # between checkpoints, or more where saving is slow; 0: not timed
     log_every: int = 50  # steps averaged in one row of the log
 
     def __post_init__(self) -> None:
@@ -283,8 +281,7 @@ def fit(
             if path is not None and (end or due):
                 kept = _kept(models, weights, ema) | _moments(weights, optimizer)
                 save(path, decides, state, kept, generator)
-                saved = time.monotonic()
-                cost = saved - now
+                cost = (saved := time.monotonic()) - now
     finally:
         optimizer.zero_grad()
         if masters:

@@ -24,6 +24,7 @@ from gencompress.measure import Measurement
 from gencompress.t2i import coupling
 from gencompress.t2i.calibrate import Calibration, batches, calibrated
 from gencompress.t2i.distill import Weights
+from gencompress.t2i.formats import stored_type
 from gencompress.t2i.inputs import Inputs, read_inputs
 from gencompress.t2i.pictures import write_preview, write_samples
 from gencompress.t2i.pipeline import (
@@ -39,7 +40,6 @@ from gencompress.t2i.prune.room import (
     in_multiples,
     prunable,
     room_for,
-    stored_type,
 )
 from gencompress.t2i.quality import error_db, pipeline_rows
 from gencompress.t2i.sample import default_size

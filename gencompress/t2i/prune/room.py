@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from gencompress.core.units import Units
 from gencompress.measure import macs
 from gencompress.measure.cost import parameters
 from gencompress.t2i import coupling
-from gencompress.t2i.formats import float_type, headers
+from gencompress.t2i.formats import stored_type
 from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.quality import forward_inputs
 
@@ -163,12 +162,3 @@ def in_multiples(counts: dict[str, int], groups: Sequence[Units], multiple: int)
         step = multiple // math.gcd(multiple, width)
         found[group.name] = min(-(-counts[group.name] // step) * step, group.cost.numel())
     return found
-
-
-def stored_type(model: Any) -> str:
-    """The dtype of a denoiser's weights in the files that it was read from; that in memory where
-    there are none."""
-    folder = Path(model.config.get("_name_or_path") or "")
-    if not (folder / "config.json").is_file():
-        return str(model.dtype).removeprefix("torch.")
-    return float_type(headers(folder)[0])

@@ -1,0 +1,263 @@
+"""APTP (arXiv 2406.12042) as a method: one denoiser becomes several smaller ones, each for the
+prompts that resemble each other, and a router that knows which.
+
+Three stages: codes of architectures and the router are learnt while the weights stay; every expert
+is cut from the pretrained weights; every expert is distilled on its own prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gencompress.core.budget import Budget
+from gencompress.core.mask import Compressed, Mask
+from gencompress.core.units import Scores, Units
+from gencompress.measure import Measurement
+from gencompress.t2i import coupling
+from gencompress.t2i.aptp import gates
+from gencompress.t2i.aptp.architecture import relaxed
+from gencompress.t2i.aptp.arms import Made, make, routed_error, static_error
+from gencompress.t2i.aptp.cost import MacsTable, macs_table
+from gencompress.t2i.aptp.experts import unit_mask
+from gencompress.t2i.aptp.quality import expert_rows, routed_rows
+from gencompress.t2i.aptp.routed import Routed, how, images, load_routed, save_routed
+from gencompress.t2i.aptp.settings import Config
+from gencompress.t2i.calibrate import calibrated
+from gencompress.t2i.evaluate import make_images
+from gencompress.t2i.formats import stored_type
+from gencompress.t2i.inputs import Inputs, read_inputs
+from gencompress.t2i.pictures import shown, write_images, write_index, write_pair
+from gencompress.t2i.pipeline import denoiser, hushed, load_pipeline, with_denoiser
+from gencompress.t2i.quality import forward_inputs
+from gencompress.t2i.sample import default_size
+from gencompress.t2i.sample import sample as draw_pictures
+from gencompress.t2i.train import Progress, quiet
+
+
+def load(
+    target: str, data: dict[str, str], device: str, dtype: str, config: Config, strict: bool = False
+) -> tuple[Any, Inputs]:
+    """Reads a pipeline (a folder, or a hub's name) and what `data` names: see t2i/inputs.py.
+
+    Raises:
+        FormatError: a file is not what it should be.
+        OSError: the hub did not give the pipeline.
+        ValueError: a dtype or name of data that is not known, a size or guidance that the pipeline
+            cannot take, or fewer different prompts than experts.
+    """
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype {dtype!r}: known are float32, float16 and bfloat16")
+    pipe = load_pipeline(target, device=device, dtype=getattr(torch, dtype))
+    size = config.size or default_size(pipe)
+    inputs = read_inputs(
+        data,
+        size=size,
+        count=config.images,
+        steps=config.steps,
+        guidance=config.guidance,
+        device=device,
+    )
+    different = len(set(inputs.prompts))
+    if different < config.experts:
+        raise ValueError(f"{config.experts} experts for {different} different prompts")
+    # no picture: refuses now what it would refuse after the work
+    draw_pictures(pipe, (), seeds=(), steps=config.steps, guidance=config.guidance, size=size)
+    gates.layout(denoiser(pipe)[0])
+    return pipe, inputs
+
+
+def score(
+    model: Any, data: Inputs, config: Config, generator: torch.Generator
+) -> tuple[list[Units], Scores]:
+    """What can go, and how far it is on: the gates of the learnt codes without noise, mean over the
+    prompts. There is no score without learning, so this takes as long as the first stage."""
+    table = _table(model, data)
+    seen = calibrated(model, data, config.latents, None)
+    share = max(0.5, table.least / table.total)
+    made = make(model, seen, table, share, replace(config, finetune=0), "ours", generator, None)
+    return gates.units(denoiser(model)[0], table.layout), _scores(made, table)
+
+
+@contextlib.contextmanager
+def apply(model: Any, masks: dict[str, Mask]) -> Iterator[Any]:
+    """The pipeline while what the mask of one expert removes contributes nothing; undone on exit.
+
+    Raises ValueError for other than one mask.
+    """
+    if len(masks) != 1:
+        raise ValueError(f"{len(masks)} masks; experts are tried one at a time")
+    (mask,) = masks.values()
+    inside, _ = denoiser(model)
+    layout = gates.layout(inside)
+    groups = coupling.units(inside, coupling.KINDS)
+    with coupling.apply(inside, groups, unit_mask(mask, inside, layout)):
+        yield model
+
+
+def compact(model: Any, masks: dict[str, Mask]) -> dict[str, Any]:
+    """For each mask a pipeline with the smaller denoiser; the other parts are shared."""
+    inside, _ = denoiser(model)
+    layout, groups = gates.layout(inside), coupling.units(inside, coupling.KINDS)
+    return {
+        name: with_denoiser(
+            model, coupling.compact(inside, groups, unit_mask(mask, inside, layout))
+        )
+        for name, mask in masks.items()
+    }
+
+
+def compress(
+    model: Any,
+    data: Inputs,
+    budget: Budget,
+    config: Config,
+    generator: torch.Generator,
+    workdir: Path,
+    progress: Progress = quiet,
+) -> Compressed:
+    """Learns codes and router, cuts an expert for each code and distils it on its prompts."""
+    table = _table(model, data)
+    share = _share(table, budget)
+    seen = calibrated(model, data, config.latents, workdir, progress)
+    made = make(model, seen, table, share, config, "ours", generator, workdir, progress)
+    masks = {f"expert-{k}": mask for k, mask in enumerate(made.masks)}
+    log: list[dict[str, Any]] = [
+        {
+            "kind": "share",
+            "share": share,
+            "shift": made.shift,
+            "stored": stored_type(denoiser(model)[0]),
+        }
+    ]
+    log += expert_rows(made, table, seen.prompts)
+    return Compressed(made.model, masks, _scores(made, table), [*log, *made.log])
+
+
+def compare(
+    before: Any,
+    result: Compressed,
+    data: Inputs,
+    config: Config,
+    generator: torch.Generator,
+    progress: Progress = quiet,
+) -> list[dict[str, Any]]:
+    """With `config.compare`, how near each arm's answers come to the dense model's; all have the
+    same mean MACs and as many steps of distillation in all."""
+    if not config.compare:
+        return []
+    table = _table(before, data)
+    share = next(row["share"] for row in result.log if row["kind"] == "share")
+    seen = calibrated(before, data, config.latents, None)
+    found = {"aptp": (routed_error(before, result.model, seen, _again(generator)), share)}
+    for name in config.compare:
+        progress(f"baseline {name}")
+        arm = make(before, seen, table, share, config, name, _again(generator), None, progress)
+        error = routed_error if isinstance(arm.model, Routed) else static_error
+        found[name] = error(before, arm.model, seen, _again(generator)), arm.mean_share
+    return [
+        {
+            "kind": "curve", "series": name, "x": used, "x_name": "share of MACs", "x_unit": "",
+            "y": near, "y_name": "answers against dense", "y_unit": "dB",
+        }
+        for name, (near, used) in found.items()
+    ]  # fmt: skip
+
+
+def predict(model: Any, data: Inputs, budget: Budget, config: Config) -> dict[str, float]:
+    """What the denoiser costs in MACs, what the budget leaves on average, and the least of all."""
+    table = _table(model, data)
+    most = _share(table, budget) * table.total
+    return {
+        "macs before": table.total, "most macs on average": most, "least macs possible": table.least
+    }  # fmt: skip
+
+
+def measure(before: Any, after: Routed, data: Inputs) -> list[Measurement]:
+    """Cost of the experts as the held-out prompts use them, and the pictures of these."""
+    return routed_rows(before, _beside(before, after), data)
+
+
+def save(result: Compressed, folder: Path, config: Config, data: Inputs) -> Path:
+    """A folder of diffusers with the most used expert in it, the other experts and the router
+    beside (aptp/routed.py). Weights have the type that those of the input have in their files."""
+    stored = next(row["stored"] for row in result.log if row["kind"] == "share")
+    save_routed(result.model, config.encoder, folder, getattr(torch, stored))
+    return folder
+
+
+def restore(folder: Path) -> Routed:
+    """What `save` wrote, in float32 on the CPU."""
+    return load_routed(folder)
+
+
+def preview(before: Any, after: Routed, result: Compressed, data: Inputs, folder: Path) -> None:
+    """Pictures of held-out prompts, of the dense pipeline and of the experts, from equal seeds."""
+    few, after = shown(data.wanted), _beside(before, after)
+    pair = make_images(before, few), images(after, few.prompts, few.seeds, **how(few))
+    write_index(write_pair(*pair, few, folder), folder)
+
+
+def sample(model: Routed, data: Inputs, folder: Path) -> list[Path]:
+    """Pictures of the held-out prompts, and a sheet of them."""
+    return write_images(
+        images(model, data.wanted.prompts, data.wanted.seeds, **how(data.wanted)),
+        data.wanted.prompts,
+        folder,
+    )
+
+
+def draw(
+    source: str,
+    prompts: Sequence[str],
+    seed: int,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    **given: Any,
+) -> list[Path]:
+    """Pictures of prompts by what `save` wrote, each by its expert, the seeds counting on from
+    `seed`; as `t2i.pictures.draw`."""
+    model = load_routed(source, device)
+    made = images(model, prompts, range(seed, seed + len(prompts)), **given)
+    return write_images(made, prompts, folder)
+
+
+def _table(pipe: Any, data: Inputs) -> MacsTable:
+    model, _ = denoiser(pipe)
+    return macs_table(model, gates.layout(model), forward_inputs(pipe, data.wanted.size))
+
+
+def _share(table: MacsTable, budget: Budget) -> float:
+    if budget.unit != "macs":
+        raise ValueError(f"a budget in {budget.unit}: aptp knows macs, as 0.7xMACs or 40M macs")
+    share = budget.amount if budget.relative else min(budget.amount / table.total, 1.0)
+    table.prunable_target(share)  # raises for one that no architecture has
+    return share
+
+
+def _scores(made: Made, table: MacsTable) -> Scores:
+    """The gates of the codes without noise, mean over the prompts, by slice and depth entry."""
+    router = made.model.router
+    soft = relaxed(router.codes.logits.detach(), table.layout, None, router.relaxation)
+    mean = (made.loads.to(soft) / made.loads.sum()) @ soft
+    names = [*(one.name for one in table.layout.slices), *table.layout.depth]
+    parts = mean.cpu().split([*table.layout.lengths, *[1] * len(table.layout.depth)])
+    return dict(zip(names, parts, strict=True))
+
+
+def _beside(before: Any, after: Routed) -> Routed:
+    """The experts where the dense denoiser is, in its dtype."""
+    model, _ = denoiser(before)
+    with hushed():
+        moved = tuple(one.to(device=model.device, dtype=model.dtype) for one in after.experts)
+    return replace(after, experts=moved, pipe=with_denoiser(before, moved[after.main]))
+
+
+def _again(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator().manual_seed(generator.initial_seed())
