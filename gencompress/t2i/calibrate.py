@@ -18,6 +18,7 @@ from torch import Tensor
 from gencompress.files import save_tensors, writing
 from gencompress.t2i.data.cache import digest, encode_images
 from gencompress.t2i.distill import Draws, Noised, diffuse, draws, flow, seeds, shift_of
+from gencompress.t2i.formats import plain_name
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.pipeline import denoiser, encode_prompts, with_parts
 from gencompress.t2i.sample import called, default_size
@@ -82,7 +83,7 @@ def conditions_of(
         name: row[index.to(row.device)].to(model.device) for name, row in rows.items()
     }
     count, config = len(index), model.config
-    kind = type(model).__name__.removeprefix("Cut")
+    kind = plain_name(type(model).__name__)
     side = torch.full((count, 1), float(size), device=model.device)
     if "text_embeds" in told:
         where = torch.cat([side, side, 0 * side, 0 * side, side, side], 1)  # original, crop, target

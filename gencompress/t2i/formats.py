@@ -17,7 +17,10 @@ DENOISERS = (
     "SD3Transformer2DModel",
     "PixArtTransformer2DModel",
 )
-CUT = "cut"  # the module that an index names for a cut denoiser, in place of "diffusers"
+# what an index names in place of "diffusers" for a denoiser of ours: a file beside its weights;
+# here, the module of the same classes. They are called as those of diffusers, with a prefix
+OWN = {"cut": "gencompress.t2i.cut", "dense2moe": "gencompress.t2i.dense2moe.classes"}
+PREFIXES = ("Cut", "MoE")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 VARIANT = "fp16"  # read where a part has no other weights, as many repositories of the hub do
 # safetensors' name of a type -> bytes a number, and torch's type where it is a float
@@ -114,12 +117,19 @@ def read_index(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, str]]
 def denoiser_name(folder: Path, kinds: dict[str, tuple[str, str]]) -> str:
     """The part that is compressed. Raises FormatError unless there is one of a known class."""
     found = [name for name in ("unet", "transformer") if name in kinds]
-    if len(found) != 1 or kinds[found[0]][1].removeprefix("Cut") not in DENOISERS:
+    if len(found) != 1 or plain_name(kinds[found[0]][1]) not in DENOISERS:
         what = ", ".join(f"{name} {kinds[name][1]}" for name in found) or "no unet or transformer"
         raise FormatError(
             folder / INDEX, f"holds {what}; expected one denoiser of {', '.join(DENOISERS)}"
         )
     return found[0]
+
+
+def plain_name(name: str) -> str:
+    """The class of diffusers that a denoiser's class is, or is derived from."""
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
 
 
 def headers(folder: Path) -> tuple[Header, str | None]:

@@ -1,7 +1,8 @@
 """Text-to-image pipelines in diffusers' layout: read with checks, saved, described, taken apart.
 
-Only .safetensors weights are read, and no code that comes with a folder is run: the class of a cut
-denoiser comes from our own cut.py, of which saving leaves a copy for users of plain diffusers.
+Only .safetensors weights are read, and no code that comes with a folder is run: the class of a
+denoiser of ours comes from our own file (`formats.OWN`), of which saving leaves a copy for users of
+plain diffusers.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from torch import Tensor
 
 from gencompress.files import FormatError
 from gencompress.t2i.formats import (
-    CUT,
     DENOISERS,
     INDEX,
+    OWN,
     denoiser_name,
     describe,
     float_type,
     headers,
     image_size,
+    plain_name,
     read_index,
     read_json,
     write_json,
@@ -137,10 +139,11 @@ def save_pipeline(pipe: Any, folder: str | Path, *, dtype: torch.dtype | None = 
             if isinstance(part, torch.nn.Module):
                 part = _as_type(name, part, dtype)
             part.save_pretrained(folder / name)
-            if type(part).__module__ == f"{__package__}.{CUT}":
-                index[name] = [CUT, type(part).__name__]
-                source = importlib.import_module(f"{__package__}.{CUT}").__file__
-                shutil.copyfile(str(source), folder / name / f"{CUT}.py")
+            for file, module in OWN.items():
+                if type(part).__module__ == module:
+                    index[name] = [file, type(part).__name__]
+                    source = importlib.import_module(module).__file__
+                    shutil.copyfile(str(source), folder / name / f"{file}.py")
     write_json(folder / INDEX, index)
     mode = (folder / INDEX).stat().st_mode
     for path in folder.glob("*/*.safetensors"):
@@ -220,7 +223,7 @@ def _is_t5(pipe: Any, tokenizer: str) -> bool:
 
 def _encode(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
     model, _ = denoiser(pipe)
-    kind = type(model).__name__.removeprefix("Cut")
+    kind = plain_name(type(model).__name__)
     plain = {"device": pipe.device, "num_images_per_prompt": 1}
     length = sequence_length(pipe)
     if kind == "UNet2DConditionModel":
@@ -284,7 +287,7 @@ def _part_class(folder: Path, name: str, library: str, kind: str) -> Any:
         "diffusers": "diffusers",
         "transformers": "transformers",
         "stable_diffusion": "diffusers.pipelines.stable_diffusion",  # the safety checker
-        CUT: f"{__package__}.{CUT}",
+        **OWN,
     }
     module = importlib.import_module(modules[library]) if library in modules else None
     found = getattr(module, kind, None) or getattr(module, RENAMED.get(kind, ""), None)
