@@ -68,8 +68,8 @@ def sample(
     if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
         raise ValueError(f"guidance {guidance}: expected a finite number, 0 or more")
     size = default_size(pipe) if size is None else size
-    _check_size(pipe, size)
-    _check_length(pipe, prompts, strict)
+    check_size(pipe, size)
+    check_length(pipe, prompts, strict)
     own = with_parts(pipe, scheduler=_scheduler(pipe, scheduler))
     found = [torch.empty(0, size, size, 3, dtype=torch.uint8)]
     how = {"seeds": seeds, "steps": steps, "guidance": guidance, "size": size, "batch": batch}
@@ -202,7 +202,7 @@ def _scheduler(pipe: Any, name: str | None) -> Any:
         return known[name].from_config(own.config)
 
 
-def _check_size(pipe: Any, size: int) -> None:
+def check_size(pipe: Any, size: int) -> None:
     """Raises ValueError where a pipeline would refuse the size, or quietly take another."""
     model, name = denoiser(pipe)
     config = model.config
@@ -217,7 +217,7 @@ def _check_size(pipe: Any, size: int) -> None:
         raise ValueError(f"size {size}: expected a multiple of {step} pixels{up_to}")
 
 
-def _check_length(pipe: Any, prompts: Sequence[str], strict: bool) -> None:
+def check_length(pipe: Any, prompts: Sequence[str], strict: bool) -> None:
     """Warns of prompts whose last tokens no text encoder is given, or raises ValueError."""
     limits = token_limits(pipe)
     lost = [math.inf] * len(prompts)

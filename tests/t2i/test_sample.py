@@ -169,11 +169,11 @@ def test_a_token_that_one_encoder_sees_is_not_dropped(pipes, caplog, monkeypatch
         wide = tiny.bpe_tokenizer(["a red car and a blue cat on a white background"] * 2, 560)
     wide.model_max_length = 40
     monkeypatch.setattr(pipe, "tokenizer_2", wide)
-    from gencompress.t2i.sample import _check_length
+    from gencompress.t2i.sample import check_length
 
-    _check_length(pipe, [prompt_of(wide, 40)], strict=True)
+    check_length(pipe, [prompt_of(wide, 40)], strict=True)
     with pytest.raises(ValueError, match="the 40 tokens .* are 2 of prompt 1"):
-        _check_length(pipe, [prompt_of(wide, 42)], strict=True)
+        check_length(pipe, [prompt_of(wide, 42)], strict=True)
 
 
 @pytest.mark.parametrize(

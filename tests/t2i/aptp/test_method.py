@@ -1,7 +1,6 @@
 """`compress aptp` as a package: learning, budgets kept, experts as pipelines, and refusals."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -282,11 +281,11 @@ def test_the_preview_and_the_samples(loaded, compressed, tmp_path):
     assert len(paths) == QUICK.images + 1
 
 
-def test_arms_use_the_same_macs(loaded):
+def test_arms_use_the_same_macs(loaded, tmp_path):
     pipe, data = loaded
     config = dataclasses.replace(QUICK, compare=("magnitude", "single", "nearest"))
     chance = torch.Generator().manual_seed(0)
-    result = aptp.compress(pipe, data, parse_budget("0.7xMACs"), config, chance, Path(), print)
+    result = aptp.compress(pipe, data, parse_budget("0.7xMACs"), config, chance, tmp_path)
     rows = aptp.compare(pipe, result, data, config, chance)
     assert [row["series"] for row in rows] == ["aptp", *config.compare]
     assert all(0.6 < row["x"] <= 0.7 for row in rows)
