@@ -500,6 +500,20 @@ def bench_nerf() -> Iterator[Row]:
     yield from rows()
 
 
+def bench_t2i() -> Iterator[Row]:
+    """A U-Net shaped like Stable Diffusion 2.1 with half of its tokens pruned, or merged."""
+    from bench_t2i import rows
+
+    yield from rows()
+
+
+def bench_grouped() -> Iterator[Row]:
+    """A mixture of experts against the dense feed-forward it was made from."""
+    from bench_grouped import rows
+
+    yield from rows()
+
+
 BENCHES = {
     "rasterize": bench_rasterize,
     "gradients": bench_gradients,
@@ -514,6 +528,8 @@ BENCHES = {
     "training": bench_training,
     "triangles": bench_triangles,
     "nerf": bench_nerf,
+    "grouped": bench_grouped,
+    "t2i": bench_t2i,
 }
 
 
