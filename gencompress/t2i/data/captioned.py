@@ -111,7 +111,7 @@ def _of_folder(folder: Path) -> list[Captioned]:
 
 def _of_table(path: Path) -> list[Captioned]:
     found = []
-    for number, row in _rows(path):
+    for number, row in rows_of(path):
         where = f"{path}, row {number}"
         file, caption = _value(row, IMAGE_COLUMNS, where), _value(row, CAPTION_COLUMNS, where)
         image = _inside(path.parent, file, where)
@@ -121,7 +121,7 @@ def _of_table(path: Path) -> list[Captioned]:
     return found
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows with their numbers, the first row of data being 1."""
     text = _decoded(path)
     if path.suffix.lower() == ".csv":

@@ -1,0 +1,1 @@
+"""Memorised pictures: detected, located in weights, cut out, and searched for again (Dori)."""
