@@ -116,6 +116,7 @@ def compress(
     keep: Annotated[str | None, typer.Option(help="40%, 50k, 3MB, '40% bytes'")] = None,
     min_psnr: Annotated[float, typer.Option(help="Smallest result that holds it, dB.")] = 0.0,
     finetune: Annotated[int | None, typer.Option(help="Steps of training afterwards.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may repeat.")] = None,
     views: Annotated[str | None, typer.Option(help="Capture whose cameras to use.")] = None,
     data: DataFiles = None,
     recipe: RecipeFile = None,
@@ -134,7 +135,7 @@ def compress(
         raise RecipeError("--keep and --min-psnr: give one of them")
     _set_budget(plan, "100%" if min_psnr else keep)
     _set_data(plan, [*(data or []), *([f"views={views}"] if views is not None else [])])
-    given = {"min_psnr": float(min_psnr) or None, "finetune": finetune}
+    given = {"min_psnr": float(min_psnr) or None, "finetune": finetune, "prompts": prompt}
     _deliver(_recipe(plan, given, settings), out, dry_run, strict, overwrite, as_json, quiet)
 
 

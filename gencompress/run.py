@@ -33,6 +33,9 @@ METHODS = {
     "mesh": "gencompress.mesh",
     "nerf": "gencompress.nerf",
     "prune": "gencompress.t2i.prune",
+    "optiprune": "gencompress.t2i.optiprune",
+    "aptp": "gencompress.t2i.aptp",
+    "dense2moe": "gencompress.t2i.dense2moe",
 }
 # what makes a model in the first place, offering the same names
 FITS = {
@@ -42,7 +45,15 @@ FITS = {
 }
 # what is kept where nobody says how much: of a mesh, all that is right; 100% takes no smaller share
 KEEP = {
-    "compress": {"splat": "50%", "mesh": "100%", "nerf": "5%", "prune": "0.7xMACs"},
+    "compress": {
+        "splat": "50%",
+        "mesh": "100%",
+        "nerf": "5%",
+        "prune": "0.7xMACs",
+        "optiprune": "50%",
+        "aptp": "0.7xMACs",
+        "dense2moe": "70%active",
+    },
     "fit": {"splat": "100%", "mesh": "100%", "nerf": "5%"},
 }
 WORK = ".{}.work"  # beside the output: what resuming needs while a run is not finished
@@ -299,19 +310,22 @@ def sample(source: str, out: Path, prompts: list[str], seed: int, **how: Any) ->
             raise ValueError(f"{source}: no artifact; of a pipeline, say what to draw: --prompt")
         package, _, data, model = reopen(artifact)
         return package.sample(model, data, out)
-    if artifact is not None and "t2i" not in METHODS[artifact.manifest["method"]].split("."):
-        kind = artifact.manifest["method"]
-        raise ValueError(f"{source}: an artifact of {kind!r}, which draws no prompts")
-    pictures = importlib.import_module("gencompress.t2i.pictures")
-    return pictures.draw(_pipeline_place(source, artifact), prompts, seed, out, **how)
-
-
-def _pipeline_place(source: str, artifact: Artifact | None) -> str:
     if artifact is None:
-        with contextlib.suppress(FileNotFoundError):
-            return str(resolve(source))
-        return source
-    return str(model_path(artifact))
+        place, package = _place(source), importlib.import_module("gencompress.t2i.pictures")
+    else:
+        kind = artifact.manifest["method"]
+        place, package = str(artifact.folder / "model"), method(kind)
+        if not hasattr(package, "draw"):
+            raise ValueError(f"{source}: an artifact of {kind!r}, which draws no prompts")
+    paths: list[Path] = package.draw(place, prompts, seed, out, **how)
+    return paths
+
+
+def _place(source: str) -> str:
+    """Of a pipeline: what `resolve` finds, or a name on the hub."""
+    with contextlib.suppress(FileNotFoundError):
+        return str(resolve(source))
+    return source
 
 
 def compress(
@@ -394,10 +408,13 @@ def _is_capture(path: Path) -> bool:
 
 def _file_size(recipe: Recipe, after: Path | None) -> Measurement:
     """Of the saved model, beside the input where that is a model too."""
+    from gencompress.measure.cost import file_bytes
+
     target = _input(recipe)[0]
     known = recipe.verb != "fit" and target.exists() and not _is_capture(target)
     before = _bytes(target) if known else None
-    return Measurement("file size", before, after and _bytes(after), "B", "lower")
+    now = None if after is None else file_bytes(after)  # all that is there was saved by the method
+    return Measurement("file size", before, now, "B", "lower")
 
 
 @contextlib.contextmanager

@@ -186,7 +186,8 @@ def test_list_info_backends(call, scene):
     code, out, _ = call("list", "--json")
     found = json.loads(out)
     assert code == 0 and "still_life" in found["scenes"]
-    assert found["methods"] == ["splat", "mesh", "nerf", "prune"]
+    methods = ["splat", "mesh", "nerf", "prune", "optiprune", "aptp", "dense2moe"]
+    assert found["methods"] == methods
     code, out, _ = call("info", scene, "--json")
     assert code == 0 and json.loads(out)["count"] == 300
     code, out, _ = call("backends", "--json")

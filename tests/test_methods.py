@@ -25,9 +25,15 @@ OWN_NAME = {"splat": "cloud", "mesh": "mesh", "nerf": "field"}  # what a method 
 FIT = ("load", "compress", "measure", "save", "restore")
 
 
+# tokens are chosen anew in every call: there is nothing to cut
+CANNOT = {"optiprune": ("compact",)}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_names_and_signatures(name):
-    check(METHODS[name], name, FIRST)
+    cannot = CANNOT.get(name, ())
+    check(METHODS[name], name, {f: names for f, names in FIRST.items() if f not in cannot})
+    assert not any(hasattr(importlib.import_module(METHODS[name]), f) for f in cannot)
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -27,25 +27,48 @@ AMPLIFIED = 2  # of the difference
 
 def write_preview(before: Any, after: Any, wanted: EvaluationSet, folder: Path) -> None:
     """Sheets of held-out prompts with index.json: both pipelines and their difference."""
+    few = shown(wanted)
+    views = write_pair(make_images(before, few), make_images(after, few), few, folder)
+    write_index(views, folder)
+
+
+def shown(wanted: EvaluationSet) -> EvaluationSet:
+    """What of it a preview shows."""
     count = SHEETS * ON_A_SHEET
-    few = replace(wanted, prompts=wanted.prompts[:count], seeds=wanted.seeds[:count])
-    old, new = make_images(before, few), make_images(after, few)
+    return replace(wanted, prompts=wanted.prompts[:count], seeds=wanted.seeds[:count])
+
+
+def write_pair(
+    old: Tensor,
+    new: Tensor,
+    few: EvaluationSet,
+    folder: Path,
+    name: str = "held-out prompts",
+    start: str = "both from the same noise",
+) -> list[dict[str, Any]]:
+    """Sheets of pictures before and after, uint8 [N, H, H, 3] each, and of their difference; the
+    views of them for an index.json."""
     apart = ((new.float() - old.float()) * AMPLIFIED + 128).clamp(0, 255).byte()
-    views = []
+    views: list[dict[str, Any]] = []
     for number, first in enumerate(range(0, len(few.prompts), ON_A_SHEET), 1):
         part = slice(first, first + ON_A_SHEET)
         files = {"before": old, "after": new, "difference": apart}
-        for name, pictures in files.items():
+        for one, pictures in files.items():
             sheet = grid(resized(pictures[part]), few.prompts[part], ABREAST)
-            save_image(sheet, folder / f"{name}_{number}.png")
+            save_image(sheet, folder / f"{one}_{number}.png")
         views.append(
             {
-                "name": f"held-out prompts, sheet {number}",
-                "caption": f"{few.steps} steps, both from the same noise",
+                "name": f"{name}, sheet {number}",
+                "caption": f"{few.steps} steps, {start}",
                 "legend": f"times {AMPLIFIED}, gray where there is none",
-                **{name: f"{name}_{number}.png" for name in files},
+                **{one: f"{one}_{number}.png" for one in files},
             }
         )
+    return views
+
+
+def write_index(views: list[dict[str, Any]], folder: Path) -> None:
+    """What a report reads of a preview."""
     (folder / "index.json").write_text(json.dumps({"views": views}, indent=1), encoding="utf-8")
 
 

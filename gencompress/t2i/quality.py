@@ -16,6 +16,7 @@ from gencompress.t2i.distill import predict
 from gencompress.t2i.evaluate import compare_images, make_images
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.pipeline import denoiser, sequence_length, token_limits
+from gencompress.t2i.tiny import flux_ids
 
 FORWARDS = 5  # that a time is the median of
 TIMED, COMPARED = 4, 64  # samples of a forward that is timed; latents that answers are compared on
@@ -29,7 +30,7 @@ def pipeline_rows(before: Any, after: Any, data: Inputs) -> list[Measurement]:
     old, new = denoiser(before)[0], denoiser(after)[0]
     rows = [
         *cost_rows(old, new, forward_inputs(before, size)),
-        *_forward_rows(before, after, size),
+        *forward_rows(before, after, size),
     ]
     pictures = [make_images(pipe, data.wanted) for pipe in (before, after)]
     return rows + compare_images(*pictures, data.wanted.prompts, data.judges)
@@ -37,10 +38,14 @@ def pipeline_rows(before: Any, after: Any, data: Inputs) -> list[Measurement]:
 
 def forward_inputs(pipe: Any, size: int, batch: int = 1) -> dict[str, Any]:
     """Zeros in the shapes of one forward of the denoiser: pictures of `size` pixels, prompts of
-    full length."""
+    full length. Of Flux, the places of the tokens are true."""
     model, _ = denoiser(pipe)
-    latent = size // pipe.vae_scale_factor
-    return macs.model_inputs(model, latent, _text_tokens(pipe), batch, model.device)
+    latent, tokens = size // pipe.vae_scale_factor, text_tokens(pipe)
+    inputs = macs.model_inputs(model, latent, tokens, batch, model.device)
+    if "img_ids" in inputs:
+        ids = flux_ids(latent // 2, tokens)
+        inputs |= {n: one.to(inputs[n]) for n, one in zip(("img_ids", "txt_ids"), ids, strict=True)}
+    return inputs
 
 
 def error_db(before: Any, after: Any, seen: Calibration, generator: torch.Generator) -> float:
@@ -55,7 +60,7 @@ def error_db(before: Any, after: Any, seen: Calibration, generator: torch.Genera
     return EXACT_DB if apart == 0 else min(10 * math.log10(power / apart), EXACT_DB)
 
 
-def _text_tokens(pipe: Any) -> int:
+def text_tokens(pipe: Any) -> int:
     """How many the denoiser is told. Stable Diffusion 3 joins those of CLIP and of T5, and has
     zeros for a T5 that is not there."""
     limits = token_limits(pipe)
@@ -65,7 +70,7 @@ def _text_tokens(pipe: Any) -> int:
     return limits["tokenizer"] + sequence_length(pipe).get("max_sequence_length", usual)
 
 
-def _forward_rows(before: Any, after: Any, size: int) -> list[Measurement]:
+def forward_rows(before: Any, after: Any, size: int) -> list[Measurement]:
     """The median time of a forward of a few samples at once, and the memory it takes at most."""
     times, peaks = [], []
     for pipe in (before, after):

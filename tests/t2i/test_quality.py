@@ -111,7 +111,7 @@ def test_times_are_told_of_the_right_pipeline(pipes, smaller, monkeypatch):
         return dataclasses.replace(own(forward, repeats=1), median=next(times), spread=0.1)
 
     monkeypatch.setattr(quality, "time_call", watched)
-    time, _ = quality._forward_rows(pipes["sd"], smaller, 64)
+    time, _ = quality.forward_rows(pipes["sd"], smaller, 64)
     assert ran[0] is pipes["sd"].unet and ran[1] is smaller.unet
     assert (time.before, time.after) == (2.0, 1.0)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gencompress.t2i.optiprune.attention import Grid
-from gencompress.t2i.optiprune.noise import entering, joint_loss, opening
+from gencompress.t2i.optiprune.noise import entering, joint_loss, opening, side_by_side
 from gencompress.t2i.optiprune.scores import Judge, Scores, judge
 from gencompress.t2i.optiprune.subjects import Subject
 from gencompress.t2i.pipeline import denoiser, hushed, with_parts
@@ -39,11 +39,14 @@ class Updates:
     lambda_clean: float = 0.0
     lambda_align: float = 0.0  # mean distance of the subjects' maps from their running means
     gate: float = 0.5  # S_self does not count while S_cross is over this
+    pictures: int = 1  # updated side by side: the same latents, more memory
 
     def __post_init__(self) -> None:
-        if self.until < 0 or self.most < 0 or not self.scale > 0:
+        least = min(self.until, self.most, self.pictures - 1)
+        if least < 0 or not self.scale > 0:
             raise ValueError(
-                f"until {self.until} and most {self.most}: 0 or more; scale {self.scale}: over 0"
+                f"until {self.until} and most {self.most}: 0 or more; pictures {self.pictures}: 1 "
+                f"or more; scale {self.scale}: over 0"
             )
 
 
@@ -86,13 +89,13 @@ def excite(
                     f"{len(latents)} latents for {len(prompts)} prompts; expected one each"
                 )
 
-            def scored(number: int) -> Judge:
-                return lambda x: score(entering(scheduler, x, timestep), timestep, number)
+            def scored(x: Tensor, numbers: Sequence[int]) -> Scores:
+                return score(entering(scheduler, x, timestep), timestep, numbers)
 
             length = updates.scale * math.sqrt(np.linspace(1.0, 0.5, steps)[step])
             found = [
-                _updated(scored(number), one[None].float(), step, length, updates, means, number)
-                for number, one in enumerate(latents)
+                _updated(scored, latents[group].float(), step, length, updates, means, group)
+                for group in side_by_side(subjects, updates.pictures)
             ]
             return torch.cat(found).to(latents.dtype)
 
@@ -188,29 +191,39 @@ def _updated(
     length: float,
     updates: Updates,
     means: dict[int, Tensor],
-    number: int,
+    numbers: Sequence[int],
 ) -> Tensor:
-    """Of one picture [1, ...]: refined if it is time, and then a step down the loss."""
+    """Of pictures [B, ...] with these numbers: refined if it is time, and then a step down the
+    loss."""
     for at, cross, own in updates.refine:
-        for _ in range(updates.most if at == step else 0):
-            slope, scores = _slope(score, latents, updates, means.get(number))
-            if scores.cross <= cross and scores.own <= own:
+        rows = list(range(len(latents))) if at == step else []
+        for _ in range(updates.most):
+            if not rows:
                 break
-            latents = latents - length * slope
-    slope, scores = _slope(score, latents, updates, means.get(number))
-    maps = scores.maps.detach()
-    means[number] = torch.lerp(means[number], maps, 1 - DECAY) if number in means else maps
+            slope, scores = _slope(score, latents[rows], updates, means, [numbers[i] for i in rows])
+            high = (scores.cross > cross) | (scores.own > own)
+            rows = [i for i, is_high in zip(rows, high.tolist(), strict=True) if is_high]
+            latents = latents.clone()
+            latents[rows] -= length * slope[high]
+    slope, scores = _slope(score, latents, updates, means, numbers)
+    for number, maps in zip(numbers, scores.maps.detach(), strict=True):
+        means[number] = torch.lerp(means[number], maps, 1 - DECAY) if number in means else maps
     return latents - length * slope
 
 
 def _slope(
-    score: Judge, latents: Tensor, updates: Updates, mean: Tensor | None
+    score: Judge,
+    latents: Tensor,
+    updates: Updates,
+    means: dict[int, Tensor],
+    numbers: Sequence[int],
 ) -> tuple[Tensor, Scores]:
-    """The gradient of the loss [1, ...], and what it was computed from."""
+    """The gradient of the loss [B, ...], and what it was computed from."""
     with torch.enable_grad():
         leaf = latents.detach().requires_grad_()
-        scores = score(leaf)
+        scores = score(leaf, numbers)
         loss = joint_loss(scores, updates)
-        if mean is not None and updates.lambda_align:
-            loss = loss + updates.lambda_align * (scores.maps - mean).abs().mean()
+        if updates.lambda_align and numbers[0] in means:  # all have one from the first step on
+            mean = torch.stack([means[number] for number in numbers])
+            loss = loss + updates.lambda_align * (scores.maps - mean).abs().flatten(1).mean(1)
         return torch.autograd.grad(loss.sum(), leaf)[0], scores

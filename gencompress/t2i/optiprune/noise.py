@@ -45,13 +45,14 @@ class NoiseConfig:
     lr: float = 1e-2
     eps: float = 1e-3  # so large that small gradients are damped
     batched: bool = False  # the rounds side by side: the same noise, more memory and work
+    pictures: int = 1  # mapped side by side: the same noise, more memory
     sampling_steps: int = 50  # of the pictures; they decide the first timestep
 
     def __post_init__(self) -> None:
-        counts = self.rounds, self.steps, self.sampling_steps
+        counts = self.rounds, self.steps, self.sampling_steps, self.pictures
         if min(counts) < 1 or self.last_steps < 0 or self.kl_steps < 0:
             raise ValueError(
-                f"rounds, steps and sampling steps {counts}: 1 or more; last_steps "
+                f"rounds, steps, sampling steps and pictures {counts}: 1 or more; last_steps "
                 f"{self.last_steps} and kl_steps {self.kl_steps}: 0 or more"
             )
         if self.prior not in ("project", "penalty"):
@@ -105,6 +106,7 @@ def map_noise(
     config: NoiseConfig | None = None,
     *,
     generators: Sequence[torch.Generator],
+    starts: Tensor | None = None,
     size: int | None = None,
     grid: Grid | None = None,
     progress: Progress = quiet,
@@ -119,6 +121,7 @@ def map_noise(
     Args:
         subjects: of each prompt, from `subjects.find_subjects`.
         generators: on the CPU, one a prompt.
+        starts: [N, ...] as `Mapped.latents`, in place of the first that the generators draw.
         size: of the pictures, in pixels, and `grid` of the maps: see `scores.judge`.
 
     Raises:
@@ -126,20 +129,35 @@ def map_noise(
     """
     config = config or NoiseConfig()
 
-    def find(score: Judge, starts: Tensor) -> tuple[Found, int]:
-        found: Found = []
-        for group in torch.split(starts, len(starts) if config.batched else 1):
-            found += _optimise(score, group, config.steps, config)
-            if any(one.valid for one, _ in found):
+    def find(score: Judge, starts: Tensor) -> list[tuple[Found, int]]:
+        found: list[Found] = [[] for _ in starts]
+
+        def open_ones() -> list[int]:
+            return [i for i, rounds in enumerate(found) if not any(one.valid for one, _ in rounds)]
+
+        for part in torch.split(starts, config.rounds if config.batched else 1, 1):
+            still, beside = open_ones(), part.shape[1]
+            owners = [i for i in still for _ in range(beside)]
+            if not still:
                 break
-        best = _best(found)
-        if not found[best][0].valid and config.last_steps:
-            found += _optimise(score, starts[best : best + 1], config.last_steps, config)
-        return found, _best(found)
+            more = iter(_optimise(score, part[still].flatten(0, 1), config.steps, config, owners))
+            for i in still:
+                for _ in range(beside):
+                    found[i].append(next(more))
+                    if found[i][-1][0].valid:
+                        break
+        still = open_ones()
+        if still and config.last_steps:
+            again = torch.stack([starts[i, _best(found[i])] for i in still])
+            more = iter(_optimise(score, again, config.last_steps, config, still))
+            for i in still:
+                found[i].append(next(more))
+        return [(rounds, _best(rounds)) for rounds in found]
 
     return _each(
-        pipe, prompts, subjects, config, config.rounds, generators, size, grid, progress, find
-    )
+        pipe, prompts, subjects, config, config.rounds, generators, size, grid, progress, find,
+        starts,
+    )  # fmt: skip
 
 
 def best_of(
@@ -160,9 +178,12 @@ def best_of(
     if count < 1:
         raise ValueError(f"count {count}: 1 or more")
 
-    def find(score: Judge, starts: Tensor) -> tuple[Found, int]:
-        found = [_optimise(score, start[None], 0, config)[0] for start in starts]
-        return found, min(range(count), key=lambda i: found[i][0].score)
+    def find(score: Judge, starts: Tensor) -> list[tuple[Found, int]]:
+        owners = range(len(starts))
+        draws = [_optimise(score, one, 0, config, owners) for one in starts.unbind(1)]
+        found = [list(of_one) for of_one in zip(*draws, strict=True)]
+        scores = [[one.score for one, _ in of_one] for of_one in found]
+        return [(of_one, own.index(min(own))) for of_one, own in zip(found, scores, strict=True)]
 
     return _each(pipe, prompts, subjects, config, count, generators, size, grid, progress, find)
 
@@ -173,6 +194,25 @@ def noise_shape(pipe: Any, size: int) -> tuple[int, int, int]:
     channels = model.config.in_channels // (4 if _packs(pipe) else 1)
     side = size // pipe.vae_scale_factor
     return channels, side, side
+
+
+def starting_noise(pipe: Any, generator: torch.Generator, count: int, size: int) -> Tensor:
+    """float32 [count, ...]: what a pipeline draws from a generator for as many pictures, one after
+    the other, as it takes them; on the device of the denoiser."""
+    shape = noise_shape(pipe, size)
+    drawn = torch.cat([torch.randn(1, *shape, generator=generator) for _ in range(count)])
+    return (packed(drawn) if _packs(pipe) else drawn).to(denoiser(pipe)[0].device)
+
+
+def side_by_side(subjects: Sequence[Sequence[Subject]], most: int) -> list[list[int]]:
+    """Numbers of prompts, in order: at most so many in a list, and of as many subjects."""
+    lists: list[list[int]] = []
+    for number, ones in enumerate(subjects):
+        fits = lists and len(lists[-1]) < most and len(subjects[lists[-1][0]]) == len(ones)
+        if not fits:
+            lists.append([])
+        lists[-1].append(number)
+    return lists
 
 
 def opening(pipe: Any, steps: int) -> tuple[Tensor | float, Any]:
@@ -213,7 +253,8 @@ def _each(
     size: int | None,
     grid: Grid | None,
     progress: Progress,
-    find: Callable[[Judge, Tensor], tuple[Found, int]],
+    find: Callable[[Judge, Tensor], list[tuple[Found, int]]],
+    given: Tensor | None = None,
 ) -> Mapped:
     if len(generators) != len(prompts) or not prompts:
         raise ValueError(
@@ -223,25 +264,28 @@ def _each(
     clean = config.lambda_clean > 0
     latents, starts, scores, log = [], [], [], []
     timestep, scheduler = opening(pipe, config.sampling_steps)
-    shape = noise_shape(pipe, size)
-    device = denoiser(pipe)[0].device
     with judge(pipe, prompts, subjects, size=size, grid=grid, clean=clean) as score:
-        for number, generator in enumerate(generators):
-            progress(f"mapping noise: {number} of {len(prompts)}")
-            drawn = torch.cat([torch.randn(1, *shape, generator=generator) for _ in range(draws)])
-            drawn = (packed(drawn) if _packs(pipe) else drawn).to(device)
+        for group in side_by_side(subjects, config.pictures):
+            progress(f"mapping noise: {group[0]} of {len(prompts)}")
+            drawn = torch.stack([starting_noise(pipe, generators[i], draws, size) for i in group])
+            if given is not None:
+                drawn[:, 0] = given[group]
 
-            def scored(noise: Tensor, number: int = number) -> Scores:
+            def scored(
+                noise: Tensor, owners: Sequence[int], group: Sequence[int] = group
+            ) -> Scores:
                 first = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-                return score(entering(scheduler, first, timestep), timestep, number)
+                return score(
+                    entering(scheduler, first, timestep), timestep, [group[i] for i in owners]
+                )
 
-            found, best = find(scored, drawn)
-            log.append(tuple(one for one, _ in found))
-            scores.append(found[best][0])
-            latents.append(found[best][1])
-            # a start that was taken up again is that of the lowest score
-            origin = best if best < draws else _best(found[:draws])
-            starts.append(drawn[origin])
+            for own_starts, (found, best) in zip(drawn, find(scored, drawn), strict=True):
+                log.append(tuple(one for one, _ in found))
+                scores.append(found[best][0])
+                latents.append(found[best][1])
+                # a start that was taken up again is that of the lowest score
+                origin = best if best < draws else _best(found[:draws])
+                starts.append(own_starts[origin])
     return Mapped(torch.stack(latents), torch.stack(starts), tuple(scores), tuple(log))
 
 
@@ -253,26 +297,37 @@ def _best(found: Found) -> int:
     return min(range(len(found)), key=lambda i: found[i][0].order)
 
 
-def _optimise(score: Judge, starts: Tensor, steps: int, config: NoiseConfig) -> Found:
-    """One round from each of the starts [R, ...], side by side, each as if it were alone; up to the
-    first that gives valid noise.
+def _optimise(
+    score: Judge,
+    starts: Tensor,
+    steps: int,
+    config: NoiseConfig,
+    owners: Sequence[int] | None = None,
+) -> Found:
+    """One round from each of the starts [R, ...], side by side, each as if it were alone; of each
+    owner, up to the first that gives valid noise.
 
     Every noise is scored, also that after the last step. A start is done when its noise is valid,
-    and so are those after it.
+    and so are those after it of the same owner.
+
+    Args:
+        score: is called with noise and the owner of each row.
+        owners: which picture each start is for, those of one together; None: all for one.
     """
     count = len(starts)
+    owners = [0] * count if owners is None else owners
     moves = _Moves(starts, config)
     best: list[tuple[Round, Tensor]] = []
     losses: list[list[float]] = [[] for _ in range(count)]
-    end = count  # of the starts that still matter
+    ends = dict.fromkeys(owners, count)  # of the starts that still matter
     for step in range(steps + 1):
-        rows = [i for i in range(end) if not best or not best[i][0].valid]
+        rows = [i for i in range(count) if i < ends[owners[i]] and not (best and best[i][0].valid)]
         if not rows:
             break
         shift, log_var = moves.leaves(rows)
         with torch.set_grad_enabled(step < steps):
             noise = starts[rows] * (log_var / 2).exp() + shift
-            scores = score(noise)
+            scores = score(noise, [owners[i] for i in rows])
             loss, kl = joint_loss(scores, config), divergence(shift, log_var)
         seen = _rounds(scores, kl, config)
         if not best:
@@ -284,13 +339,15 @@ def _optimise(score: Judge, starts: Tensor, steps: int, config: NoiseConfig) -> 
             if one.order < best[i][0].order:
                 best[i] = replace(one, start=best[i][0].start), own_noise.clone()
             if one.valid:
-                end = min(end, i + 1)
+                ends[owners[i]] = min(ends[owners[i]], i + 1)
         if step < steps:
             if config.prior == "penalty":
                 loss = loss + config.lambda_kl * kl
             moves.step(rows, torch.autograd.grad(loss.sum(), (shift, log_var)))
     return [
-        (replace(one, losses=tuple(losses[i])), noise) for i, (one, noise) in enumerate(best[:end])
+        (replace(one, losses=tuple(losses[i])), noise)
+        for i, (one, noise) in enumerate(best)
+        if i < ends[owners[i]]
     ]
 
 

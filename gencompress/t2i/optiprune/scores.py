@@ -64,7 +64,8 @@ def judge(
     clean: bool = False,
 ) -> Iterator[Judge]:
     """Yields `score(latents, timestep, number)`: the scores of latents [B, ...], as the denoiser
-    takes them, for the prompt of that number, without guidance. See `attention.watch`.
+    takes them, for the prompt of that number, without guidance; or for prompts of as many subjects,
+    a number for each sample. See `attention.watch`.
 
     Args:
         subjects: of each prompt, from `subjects.find_subjects`.
@@ -86,14 +87,21 @@ def judge(
     columns = text_columns(pipe)
     with watch(model, default_grid(pipe, size) if grid is None else grid) as look:
 
-        def score(latents: Tensor, timestep: Tensor | float, number: int) -> Scores:
+        def score(latents: Tensor, timestep: Tensor | float, number: int | Sequence[int]) -> Scores:
             count = len(latents)
-            told = conditions_of(pipe, rows, torch.full((count,), number), size)
+            numbers = [number] * count if isinstance(number, int) else list(number)
+            told = conditions_of(pipe, rows, torch.tensor(numbers), size)
             times = torch.as_tensor(timestep, device=latents.device).expand(count)
             # of what makes a training sample only latents and times count here
             noised = Noised(latents, times, latents, times, "epsilon")
             maps = look(lambda: predict(model, noised, told))
-            found = subject_maps(maps.cross[..., : columns.stop], subjects[number], columns.start)
+            text = torch.split(maps.cross[..., : columns.stop], 1)
+            found = torch.cat(
+                [
+                    subject_maps(one, subjects[i], columns.start)
+                    for one, i in zip(text, numbers, strict=True)
+                ]
+            )
             return Scores(
                 cross_score(found),
                 self_score(maps.own, found),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gencompress.t2i.formats import DENOISERS
+from gencompress.t2i.pipeline import denoiser
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,27 @@ def find_sites(model: nn.Module) -> list[Site]:
                     where = f"{path}.{name}"
                     sites.append(Site(len(sites), where, attention, module, owner, kind))
     return sites
+
+
+def largest_grid(pipe: Any, height: int, width: int) -> tuple[int, int]:
+    """Tokens, down and across, of the largest self-attention for pictures of that many pixels:
+    SDXL's is half as large as its latents. ValueError where there is none."""
+    model, _ = denoiser(pipe)
+    sites = find_sites(model)
+    if not sites:
+        raise ValueError(f"a {type(model).__name__} without self-attention")
+    factor = pipe.vae_scale_factor
+    if "UNet" not in type(model).__name__:
+        factor *= 2 if "Flux" in type(model).__name__ else model.config.patch_size
+        return height // factor, width // factor
+    last = len(model.config.block_out_channels) - 1
+    halvings = []
+    for site in sites:
+        stage, number, *_ = site.path.split(".")
+        depth = int(number) if number.isdigit() else last
+        halvings.append({"down_blocks": depth, "up_blocks": last - depth}.get(stage, last))
+    step = 2 ** min(halvings)
+    return -(-(height // factor) // step), -(-(width // factor) // step)
 
 
 class _KeyBias(TorchFunctionMode):

@@ -18,6 +18,11 @@ from gencompress.t2i.pipeline import hushed, token_limits
 Pieces = Literal["last", "mean"]
 WORD = re.compile(r"\w[\w'-]*")
 ARTICLES = ("a", "an", "the")
+# what is said of the picture, not of a thing in it
+PICTURE = (
+    "background", "drawing", "icon", "image", "painting", "photo", "photograph", "picture",
+    "render", "sketch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def find_subjects(
     Args:
         wanted: words of the prompt (one that is named twice is its first and second occurrence), or
             numbers of tokens, or "auto": the word after every article, or after the article and
-            colours, as in "a cat and a red car".
+            colours, as in "a cat and a red car", but for those of PICTURE, as "a photo of".
         pieces: of a word of several tokens, the last, as most work on attention takes it, or all.
 
     Raises:
@@ -122,7 +127,7 @@ def _places(prompt: str, wanted: str | Sequence[Any]) -> list[re.Match[str]]:
         after = False  # an article, and at most colours since
         for match in words:
             word = match[0].lower()
-            if after and word not in COLOURS and word not in ARTICLES:
+            if after and word not in (*COLOURS, *ARTICLES, *PICTURE):
                 found.append(match)
             after = word in ARTICLES or (after and word in COLOURS)
         return found

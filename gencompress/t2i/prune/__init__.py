@@ -1,5 +1,6 @@
 """Plain structured pruning of a denoiser, and distillation after it: the baselines."""
 
+from gencompress.t2i.pictures import draw
 from gencompress.t2i.pipeline import is_hub_name
 from gencompress.t2i.prune.method import (
     Config,
@@ -18,6 +19,6 @@ from gencompress.t2i.prune.method import (
 )
 
 __all__ = [
-    "Config", "apply", "compact", "compare", "compress", "is_hub_name", "load",
+    "Config", "apply", "compact", "compare", "compress", "draw", "is_hub_name", "load",
     "measure", "predict", "preview", "restore", "sample", "save", "score",
 ]  # fmt: skip

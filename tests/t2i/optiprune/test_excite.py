@@ -69,34 +69,59 @@ class Slide:
     """A score that every step of 0.1 lowers by 0.1, counting how often it is asked."""
 
     def __init__(self, start):
-        self.start, self.times = start, 0
+        self.start, self.times, self.numbers = start, 0, []
 
-    def __call__(self, x):
+    def __call__(self, x, numbers):
         self.times += 1
-        maps = (1 - self.start - x.view(1, 1, 1, 1)).expand(1, 2, 1, 1)
-        return Scores(cross_score(maps), 0 * x.view(1), None, maps)
+        self.numbers.append(list(numbers))
+        maps = (1 - torch.tensor(self.start) - x.view(-1, 1, 1, 1)).expand(-1, 2, 1, 1)
+        return Scores(cross_score(maps), 0 * x.view(-1), None, maps)
 
 
 def test_refining_ends_when_it_is_good_enough_and_after_twenty_times():
     updates = replace(ATTEND_EXCITE, refine=((10, 0.5, math.inf),))
     score, x = Slide(0.82), torch.zeros(1, 1)
-    moved = _updated(score, x, 10, 0.1, updates, {}, 0)
+    moved = _updated(score, x, 10, 0.1, updates, {}, [0])
     # to 0.42 in four steps, the fifth look sees that; and one more step as ever
     assert score.times == 6 and moved.item() == pytest.approx(-0.5)
     score = Slide(0.82)
-    assert _updated(score, x, 9, 0.1, updates, {}, 0).item() == pytest.approx(-0.1)
+    assert _updated(score, x, 9, 0.1, updates, {}, [0]).item() == pytest.approx(-0.1)
     assert score.times == 1
     score = Slide(0.82)
-    assert _updated(score, x, 10, 0.001, updates, {}, 0).item() == pytest.approx(-0.021)
+    assert _updated(score, x, 10, 0.001, updates, {}, [0]).item() == pytest.approx(-0.021)
     assert score.times == 21
+
+
+def test_pictures_side_by_side_are_refined_each_as_long_as_it_needs():
+    updates = replace(ATTEND_EXCITE, refine=((10, 0.5, math.inf),))
+
+    class Slides(Slide):
+        """The second starts lower."""
+
+        def __call__(self, x, numbers):
+            down = torch.tensor([0.0 if number == 3 else 0.25 for number in numbers])
+            return super().__call__(x - down[:, None], numbers)
+
+    score = Slides(0.82)
+    moved = _updated(score, torch.zeros(2, 1), 10, 0.1, updates, {}, [3, 8])
+    assert moved.flatten().tolist() == pytest.approx([-0.5, -0.2])
+    assert score.numbers == [[3, 8], [3, 8], [3], [3], [3], [3, 8]]
+
+
+def test_side_by_side_is_as_one_by_one(pipe, subjects):
+    more = {"generators": generators(), "steps": 3, "size": 32, "subjects": subjects}
+    updates = replace(INITNO, until=3, refine=((1, 0.2, 0.3),), most=2, lambda_clean=0.0)
+    plain = draw(pipe, PROMPTS, drawn(), updates=updates, **more)
+    beside = draw(pipe, PROMPTS, drawn(), updates=replace(updates, pictures=2), **more)
+    assert (plain.int() - beside.int()).abs().max() <= 1
 
 
 def test_maps_are_held_to_their_running_mean():
     updates, means = replace(INITNO, refine=()), {}
     x = torch.zeros(1, 1)
-    _updated(Slide(0.8), x, 0, 0.1, updates, means, 0)
+    _updated(Slide(0.8), x, 0, 0.1, updates, means, [0])
     assert means[0].flatten().tolist() == pytest.approx([0.2, 0.2])
-    moved = _updated(Slide(0.6), x, 1, 0.1, updates, means, 0)
+    moved = _updated(Slide(0.6), x, 1, 0.1, updates, means, [0])
     # the maps have risen to 0.4, and 0.1 of the slope holds them back
     assert moved.item() == pytest.approx(-0.1 * (1 - 0.1))
     assert means[0].flatten().tolist() == pytest.approx([0.22, 0.22])
@@ -140,6 +165,8 @@ def test_the_settings_of_the_papers():
     assert INITNO.refine == ((10, 0.2, 0.3), (20, 0.2, 0.3))
     with pytest.raises(ValueError, match="until -1"):
         Updates(until=-1)
+    with pytest.raises(ValueError, match="pictures 0"):
+        Updates(pictures=0)
 
 
 def test_says_what_it_cannot_do(pipe, subjects):

@@ -51,7 +51,7 @@ def test_no_move_is_no_change():
     )
     z = torch.randn(1, 4, 8, 8, generator=generators(1)[0])
     found = noise._optimise(
-        lambda x: scores_of(x.mean((1, 2, 3)).abs() + 1, 0 * x[:, 0, 0, 0]), z, 0, NoiseConfig()
+        lambda x, _: scores_of(x.mean((1, 2, 3)).abs() + 1, 0 * x[:, 0, 0, 0]), z, 0, NoiseConfig()
     )
     assert torch.equal(found[0][1], z[0]) and found[0][0].kl == 0
 
@@ -149,14 +149,57 @@ def test_rounds_side_by_side_find_the_same(pipe, valid):
         assert one.valid == other.valid
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_pictures_side_by_side_find_the_same(pipe, batched):
+    """Some are valid soon, some never, and one has another number of subjects."""
+    prompts, seeds = [*PROMPTS, "a cat"], (5, 6, 7, 8)
+    plain = mapped(pipe, SHORT, prompts, seeds)
+    middle = sorted(rounds[0].own for rounds in plain.log[:3])[1]
+    config = replace(SHORT, tau_cross=2.0, tau_self=middle + 1e-4, batched=batched)
+    plain = mapped(pipe, config, prompts, seeds)
+    assert {one.valid for one in plain.scores[:3]} == {False, True}
+    beside = mapped(pipe, replace(config, pictures=3), prompts, seeds)
+    assert torch.allclose(plain.latents, beside.latents, atol=1e-5)
+    assert torch.equal(plain.starts, beside.starts)
+    for ones, others in zip(plain.log, beside.log, strict=True):
+        for one, other in zip(ones, others, strict=True):
+            assert one.losses == pytest.approx(other.losses, abs=1e-5)
+            assert one.valid == other.valid
+    subjects = [find_subjects(pipe, prompt) for prompt in prompts]
+    best = [
+        best_of(
+            pipe, prompts, subjects, 3, replace(SHORT, pictures=count),
+            generators=generators(*seeds), size=32,
+        )
+        for count in (1, 4)
+    ]  # fmt: skip
+    assert torch.equal(best[0].latents, best[1].latents)
+
+
+def test_who_goes_side_by_side(pipe):
+    one, two = find_subjects(pipe, "a cat"), find_subjects(pipe, PROMPTS[0])
+    assert noise.side_by_side([two, two, two, one, two], 2) == [[0, 1], [2], [3], [4]]
+    assert noise.side_by_side([two] * 3, 1) == [[0], [1], [2]]
+
+
+def test_each_picture_ends_for_itself():
+    config = NoiseConfig(lr=0.1, eps=1e-8, kl_limit=10.0, tau_cross=0.25)
+    score = Hills()
+    starts = torch.tensor([[0.9, 0.0], [0.2, 0.0], [0.9, 0.0], [0.9, 0.0]])
+    found = noise._optimise(score, starts, 1, config, [4, 4, 4, 7])
+    assert [len(one.losses) for one, _ in found] == [2, 1, 2]  # the third is after a valid one
+    assert score.owners == [[4, 4, 4, 7], [4, 7]]
+
+
 class Hills:
     """A score by hand: the first element of the noise, which steps make smaller."""
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.owners = [], []
 
-    def __call__(self, x):
+    def __call__(self, x, owners):
         self.seen.append(len(x))
+        self.owners.append(owners)
         return scores_of(x[:, 0], 0 * x[:, 0] + 0.1)
 
 
@@ -180,9 +223,9 @@ def test_the_best_noise_of_a_round_is_kept_not_the_last():
     class Worse(Hills):
         """Has a slope, but is lower at the second noise alone."""
 
-        def __call__(self, x):
+        def __call__(self, x, owners):
             level = 0.55 if len(self.seen) == 1 else 0.65
-            flat = super().__call__(x)
+            flat = super().__call__(x, owners)
             return scores_of(flat.cross - flat.cross.detach() + level, flat.own)
 
     one, noise_of = noise._optimise(Worse(), torch.ones(1, 2), 4, NoiseConfig(kl_limit=10.0))[0]
@@ -282,6 +325,7 @@ def test_the_scheduler_scales_what_the_denoiser_sees(pipe):
         ({"last_steps": -1}, "last_steps -1"),
         ({"prior": "both"}, "prior 'both'"),
         ({"lr": 0.0}, "lr 0.0"),
+        ({"pictures": 0}, r"pictures \(5, 10, 50, 0\)"),
     ],
 )
 def test_settings_are_checked(settings, said):

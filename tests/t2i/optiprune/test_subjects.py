@@ -44,6 +44,13 @@ def test_every_prompt_of_the_benchmark_has_two_subjects(worded):
         assert [subject.word for subject in find_subjects(worded, prompt)] == nouns
 
 
+def test_the_picture_and_its_background_are_no_subjects(worded):
+    prompt = "a photo of a cat and an orange dog on a red background"
+    assert [subject.word for subject in find_subjects(worded, prompt)] == ["cat", "dog"]
+    with pytest.raises(ValueError, match="no subject in 'a photo on a red background'"):
+        find_subjects(worded, "a photo on a red background")
+
+
 def test_words_and_numbers_may_be_named(worded):
     prompt = "a cat on a cat and a Dog"
     assert find_subjects(worded, prompt, ["dog", "cat"]) == (
