@@ -535,7 +535,8 @@ def _halved(source: Path, folder: Path) -> None:
                 name: value.half() if value.is_floating_point() else value
                 for name, value in load_file(path).items()
             }
-            save_tensors(folder / path.name, half, {"format": "pt"})
+            with writing(folder / path.name, overwrite=True) as part:
+                save_tensors(part, half, {"format": "pt"})
         elif path.suffix in (".json", ".txt"):
             about = path.read_text(encoding="utf-8")
             (folder / path.name).write_text(about.replace('"float32"', '"float16"'))
