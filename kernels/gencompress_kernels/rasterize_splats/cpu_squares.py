@@ -2,8 +2,8 @@
 
 With alpha = o exp(-q), every derivative by a screen value is d log alpha / d value, a polynomial of
 the offset from the centre that is the same for all pixels, times dC/d log alpha. So the kernel sums
-moments of the offset, weighted by the squared change or by weight times change, and `_columns`
-makes the products of them, in float64, once a splat.
+moments of the offset, weighted by the squared change or by weight times change, and
+`moments.columns` makes the products of them, in float64, once a splat.
 
 The offset is taken in the axes s = sqrt(a) (dx + b/a dy), t = dy / (reach of the splat in y): both
 are within a few units wherever the splat shows, t is constant along a row, and the two large and
@@ -23,7 +23,6 @@ from gencompress_kernels import jit
 from gencompress_kernels.rasterize_splats.cpu import (
     BLUE,
     GREEN,
-    LIMIT,
     OPACITY,
     PIXELS,
     REACH_Y,
@@ -45,15 +44,9 @@ from gencompress_kernels.rasterize_splats.cpu import (
     project,
     tile_lists,
 )
+from gencompress_kernels.rasterize_splats.moments import WEIGHT, columns
 from gencompress_kernels.rasterize_splats.reference import MAX_ALPHA, MIN_ALPHA, Shot
 
-# a slot: sum (dC/dg)^2; sums of (dC/d log alpha)^2 s^i t^j with i + j <= 4; sums of
-# w dC/d log alpha s^i t^j with i + j <= 2 for red, for green and for blue; sum w^2
-SQUARES = [(i, j) for j in range(5) for i in range(5 - j)]
-CROSS = [(i, j) for j in range(3) for i in range(3 - j)]
-FIRST_CROSS = 1 + len(SQUARES)
-WEIGHT = FIRST_CROSS + 3 * len(CROSS)
-BASIS = [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]  # powers of s and t in d log alpha
 CHUNK = 1 << 15  # splats whose matrices are held at once
 
 
@@ -74,37 +67,10 @@ def squared_gradients(shot: Shot, fisher: bool) -> Tensor:
     shown = np.flatnonzero(records[:, OPACITY] > 0)  # the rest of a culled record is not written
     for start in range(0, len(shown), CHUNK):
         part = shown[start : start + CHUNK]
-        result[part] = _columns(records[part, : LIMIT + 1].astype(np.float64), totals[part])
+        some = torch.from_numpy(records[part].astype(np.float64))
+        conics, reaches = some[:, A : C + 1], some[:, REACH_Y]
+        result[part] = columns(conics, some[:, OPACITY], reaches, torch.from_numpy(totals[part]))
     return torch.from_numpy(result)
-
-
-def _columns(records: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """float64 [M, 42] of records and moments [M, 35]."""
-    a, b, c = records[:, A], records[:, B], records[:, C]
-    along, skew = 1 / np.sqrt(a), b / a
-    reach = np.maximum(records[:, REACH_Y], 1)
-    slide = -skew * reach  # dx = along s + slide t, dy = reach t
-    # d log alpha / d screen value = polynomials @ basis; the sixth is 1 / o
-    polynomials = np.zeros((len(records), 6, 6))
-    polynomials[:, 0, 1] = -np.sqrt(a)
-    polynomials[:, 1, 1] = -b * along
-    polynomials[:, 1, 2] = -(c - b * skew) * reach
-    polynomials[:, 2, 3] = -0.5 * along * along
-    polynomials[:, 2, 4] = -along * slide
-    polynomials[:, 2, 5] = -0.5 * slide * slide
-    polynomials[:, 3, 4] = -along * reach
-    polynomials[:, 3, 5] = -slide * reach
-    polynomials[:, 4, 5] = -0.5 * reach * reach
-    polynomials[:, 5, 0] = 1 / records[:, OPACITY]
-    products = [[1 + SQUARES.index((a[0] + b[0], a[1] + b[1])) for b in BASIS] for a in BASIS]
-    second = polynomials @ totals[:, products] @ polynomials.transpose(0, 2, 1)
-    powers = [CROSS.index(power) for power in BASIS]
-    cross = totals[:, FIRST_CROSS:WEIGHT].reshape(-1, 3, len(CROSS))[:, :, powers]
-    cross = cross @ polynomials.transpose(0, 2, 1)
-    row, column = np.triu_indices(6)
-    return np.concatenate(
-        [totals[:, :2], second[:, row, column], cross.reshape(-1, 18), totals[:, WEIGHT:]], 1
-    )
 
 
 @jit.inline

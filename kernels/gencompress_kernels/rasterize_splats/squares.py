@@ -6,8 +6,6 @@ the kernel.
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -95,8 +93,8 @@ def _squared_gradients(
     antialiased: bool,
     backend: str,
 ) -> Tensor:
-    picked = dispatch.pick("rasterize_splats", means.device, backend or None)
-    run = importlib.import_module(picked.__name__ + "_squares").squared_gradients
+    picked = dispatch.pick("rasterize_splats", means.device, backend or None, part="_squares")
+    run = picked.squared_gradients
     shots = _shots(
         means, quats, scales, opacities, sh, viewmats, intrinsics, width, height, antialiased
     )

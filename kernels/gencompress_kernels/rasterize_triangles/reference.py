@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 BLUR = math.log(1e4 - 1)  # 9.21: P falls below 1e-4, where SoftRas stops too
+STEEP = 80.0  # of the kernels, where x is held: exp(-80) is still a normal number
 CHUNK = 4_000_000  # pixels of polygons held at once
 
 

@@ -6,6 +6,8 @@ All shapes follow from the arguments, so nothing waits for a GPU. The similariti
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,13 @@ def match(
     kept: Tensor,
     source: Tensor,
     counts: Tensor,
+    most_similar: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
-    """Fills the last three from x [B, N, C] in float32 or float64; at least one is left out."""
+    """Fills the last three from x [B, N, C] in float32 or float64; at least one is left out.
+
+    Another backend may bring its own `most_similar`.
+    """
+    nearest_of = most_similar or _most_similar
     unit = x / x.norm(dim=2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     scores = similarity(unit)
     if relative:
@@ -36,14 +43,14 @@ def match(
     # both ascending, as a stable sort keeps them
     base, others = _first(is_base, chosen.shape[1]), _first(~is_base, x.shape[1] - chosen.shape[1])
 
-    values, nearest = most_similar(unit, others, base)
+    values, nearest = nearest_of(unit, others, base)
     removed = x.shape[1] - kept.shape[1]
     ranks = values.argsort(dim=1, descending=True, stable=True)[:, :removed]
     gone, wanted = others.gather(1, ranks), nearest.gather(1, ranks)
     stays = ~_flags(gone, scores)
     kept.copy_(_first(stays, kept.shape[1]))
     if any_kept:
-        _, wanted = most_similar(unit, gone, kept)
+        _, wanted = nearest_of(unit, gone, kept)
     place = stays.cumsum(1) - 1
     source.copy_(place.scatter(1, gone, place.gather(1, wanted)))
     counts.zero_().scatter_add_(1, source, torch.ones_like(source, dtype=counts.dtype))
@@ -94,7 +101,7 @@ def bases(
     return places.gather(2, best).squeeze(2)
 
 
-def most_similar(unit: Tensor, tokens: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+def _most_similar(unit: Tensor, tokens: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """For tokens [B, R], the highest cosine to one of candidates [B, M] and which token that is;
     the first of equal ones."""
     targets = unit.take_along_dim(candidates[:, :, None], 1).mT
