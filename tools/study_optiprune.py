@@ -44,6 +44,7 @@ from gencompress.t2i.optiprune.arms import ARMS, draw_arm
 from gencompress.t2i.optiprune.noise import NoiseConfig, noise_shape
 from gencompress.t2i.optiprune.prompts import benchmark
 from gencompress.t2i.optiprune.prune import PruneConfig
+from gencompress.t2i.optiprune.scores import PEAKS
 from gencompress.t2i.optiprune.subjects import find_subjects
 from gencompress.t2i.pipeline import load_pipeline
 from gencompress.t2i.sample import default_size
@@ -256,6 +257,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--last-steps", type=int, default=0, help="from the best start (0)")
     parser.add_argument("--tau-cross", type=float, default=NoiseConfig.tau_cross)
     parser.add_argument("--tau-self", type=float, default=NoiseConfig.tau_self)
+    parser.add_argument("--gate", type=float, default=NoiseConfig.gate)
+    parser.add_argument("--peaks", choices=PEAKS, default=NoiseConfig.peaks)
     parser.add_argument("--lr", type=float, default=NoiseConfig.lr, help="of the noise (0.01)")
     parser.add_argument("--eps", type=float, default=NoiseConfig.eps, help="of Adam (0.001)")
     parser.add_argument("--batch", type=int, default=16, help="pictures side by side (16)")
@@ -277,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = default_size(pipe)
     prune = PruneConfig(ratio=args.ratio, min_tokens=math.prod(noise_shape(pipe, size)[1:]))
     noise = NoiseConfig(
+        gate=args.gate,
+        peaks=args.peaks,
         rounds=args.rounds,
         steps=args.noise_steps,
         last_steps=args.last_steps,

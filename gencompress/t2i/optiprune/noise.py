@@ -38,6 +38,7 @@ class NoiseConfig:
     lambda_self: float = 1.0
     lambda_clean: float = 0.0  # InitNO's code has 1; on the CPU, and slow
     gate: float = 0.5  # S_self does not count while S_cross is over this
+    peaks: str = "text"  # or place: what S_cross measures peaks against, see scores.PEAKS
     prior: Literal["project", "penalty"] = "project"
     kl_limit: float = 1e-3  # mean over elements; "project" stays under it
     kl_steps: int = 20  # most steps back under it; then the step is undone (a cap of ours)
@@ -264,7 +265,9 @@ def _each(
     clean = config.lambda_clean > 0
     latents, starts, scores, log = [], [], [], []
     timestep, scheduler = opening(pipe, config.sampling_steps)
-    with judge(pipe, prompts, subjects, size=size, grid=grid, clean=clean) as score:
+    with judge(
+        pipe, prompts, subjects, size=size, grid=grid, clean=clean, peaks=config.peaks
+    ) as score:
         for group in side_by_side(subjects, config.pictures):
             progress(f"mapping noise: {group[0]} of {len(prompts)}")
             drawn = torch.stack([starting_noise(pipe, generators[i], draws, size) for i in group])

@@ -27,6 +27,10 @@ from gencompress.t2i.sample import default_size
 
 SHARPEN = 100.0  # before the softmax over text tokens (Attend-and-Excite)
 SIGMA = math.sqrt(0.5)  # what the reference calls 0.5: its exponent is -(x / (2 sigma))^2
+# what a peak is measured against: the other tokens of the text at its place (InitNO), or the other
+# places of its own token. Where an article or an end mark gets most of the attention, as in small
+# models, no subject has a peak of the first kind: S_cross is 1 whatever the noise
+PEAKS = ("text", "place")
 DEGENERATE = 1e-6  # S_self of maps that lie nowhere: no overlap, for the wrong reason
 
 
@@ -34,7 +38,7 @@ DEGENERATE = 1e-6  # S_self of maps that lie nowhere: no overlap, for the wrong 
 class Scores:
     """Of B samples."""
 
-    cross: Tensor  # [B] in [0, 1]: 1 - the peak of the subject that has the lowest
+    cross: Tensor  # [B] in [0, 1]: 1 - the peak of the subject that has the lowest; see PEAKS
     own: Tensor  # [B] in [0, 0.5]: the overlap of the subjects' regions; 0 of a single subject
     clean: Tensor | None  # [B]: what lies outside the regions; None if not asked for
     maps: Tensor  # [B, m, h, w], of the subjects
@@ -62,6 +66,7 @@ def judge(
     size: int | None = None,
     grid: Grid | None = None,
     clean: bool = False,
+    peaks: str = "text",
 ) -> Iterator[Judge]:
     """Yields `score(latents, timestep, number)`: the scores of latents [B, ...], as the denoiser
     takes them, for the prompt of that number, without guidance; or for prompts of as many subjects,
@@ -72,10 +77,14 @@ def judge(
         size: of the pictures, in pixels; None: what the pipeline was made for.
         grid: of the maps; None: `attention.default_grid`.
         clean: compute that score as well.
+        peaks: one of PEAKS.
 
     Raises:
-        ValueError: not as many lists of subjects as prompts, an empty one, or as `watch`.
+        ValueError: not as many lists of subjects as prompts, an empty one, unknown peaks, or as
+            `watch`.
     """
+    if peaks not in PEAKS:
+        raise ValueError(f"peaks {peaks!r}: expected {' or '.join(PEAKS)}")
     if len(prompts) != len(subjects) or not all(subjects):
         raise ValueError(
             f"{len(subjects)} lists of subjects for {len(prompts)} prompts; expected one each, "
@@ -98,12 +107,12 @@ def judge(
             text = torch.split(maps.cross[..., : columns.stop], 1)
             found = torch.cat(
                 [
-                    subject_maps(one, subjects[i], columns.start)
+                    subject_maps(one, subjects[i], columns.start, peaks)
                     for one, i in zip(text, numbers, strict=True)
                 ]
             )
             return Scores(
-                cross_score(found),
+                cross_score(found, peaks),
                 self_score(maps.own, found),
                 clean_score(found) if clean else None,
                 found,
@@ -112,14 +121,18 @@ def judge(
         yield score
 
 
-def subject_maps(cross: Tensor, subjects: Sequence[Subject], first: int = 1) -> Tensor:
-    """[B, m, h, w] in [0, 1]: cross maps [B, h, w, T] sharpened against the other tokens by a
-    softmax, and blurred; a subject of several tokens is their mean.
+def subject_maps(
+    cross: Tensor, subjects: Sequence[Subject], first: int = 1, peaks: str = "text"
+) -> Tensor:
+    """[B, m, h, w] in [0, 1]: cross maps [B, h, w, T], for peaks against the text sharpened by a
+    softmax over the tokens, and blurred; a subject of several tokens is their mean.
 
     Args:
         first: the token at which the text starts; those before it, and the last, do not count.
     """
-    sharp = (SHARPEN * cross[..., first:-1]).softmax(-1)
+    sharp = cross[..., first:-1]
+    if peaks == "text":
+        sharp = (SHARPEN * sharp).softmax(-1)
     places = [torch.tensor(subject.tokens, device=cross.device) - first for subject in subjects]
     return blur(torch.stack([sharp[..., place].mean(-1) for place in places], 1))
 
@@ -134,9 +147,13 @@ def blur(maps: Tensor) -> Tensor:
     return F.conv2d(F.pad(flat, (1, 1, 1, 1), "reflect"), kernel[None, None]).view_as(maps)
 
 
-def cross_score(maps: Tensor) -> Tensor:
-    """S_cross [B] of maps [B, m, h, w]."""
-    return 1 - maps.amax((2, 3)).amin(1)
+def cross_score(maps: Tensor, peaks: str = "text") -> Tensor:
+    """S_cross [B] of maps [B, m, h, w]: 1 - the lowest peak; against places, the highest share of a
+    mean in its peak, which is 1 of a map that is flat."""
+    highest = maps.amax((2, 3))
+    if peaks == "place":
+        return (maps.mean((2, 3)) / highest).amax(1)
+    return 1 - highest.amin(1)
 
 
 def self_score(own: Tensor, maps: Tensor) -> Tensor:

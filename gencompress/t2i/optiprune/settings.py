@@ -42,6 +42,8 @@ class Config:
     last_steps: int = 50
     tau_cross: float = 0.2
     tau_self: float = 0.3
+    gate: float = 0.5  # S_self does not count while S_cross is over this
+    peaks: str = "text"  # or place, for models whose attention stays with articles
     clean: float = 0.0  # weight of the score of what lies outside the subjects' regions
     prior: Literal["project", "penalty"] = "project"
     updates: str = ""  # of latents between steps: excite or initno
@@ -82,7 +84,8 @@ class Config:
         return NoiseConfig(
             rounds=self.rounds, steps=self.round_steps, last_steps=self.last_steps,
             tau_cross=self.tau_cross, tau_self=self.tau_self, lambda_clean=self.clean,
-            prior=self.prior, pictures=self.batch, sampling_steps=self.steps,
+            gate=self.gate, peaks=self.peaks, prior=self.prior, pictures=self.batch,
+            sampling_steps=self.steps,
         )  # fmt: skip
 
     @property
