@@ -42,7 +42,8 @@ def weights(cloud):
 
 def test_all_scenes_together_stay_small():
     files = [file for file in FOLDER.parent.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 45e6
+    # weights of trained pipelines do not shrink further; a wheel may have 100 MB
+    assert sum(file.stat().st_size for file in files) < 56e6
 
 
 def test_scene_toml_says_what_it_is():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gencompress.measure.agreement import clip_scores
+from gencompress.measure.agreement import all_found, clip_scores
 from gencompress.measure.encoders import encode_images, encode_texts
 from gencompress.scenes import companions, resolve
 from gencompress.t2i.data.compose import ANIMALS
@@ -54,6 +54,8 @@ def test_the_judges_know_which_picture_belongs_to_which_prompt(drawn):
     found = encode_images(detector, images)
     columns = [detector.labels.index(f"{ground} background") for ground in GROUNDS]
     assert (found[torch.arange(8), columns] > 0.5).sum() >= 7
+    animals = [[animal] for animal in list(ANIMALS)[:8]]
+    assert all_found(found, detector.labels, animals).sum() >= 6
 
 
 def test_the_scene_brings_its_prompts_and_judges():
