@@ -15,7 +15,7 @@ from gencompress.t2i.calibrate import Calibration, batches
 from gencompress.t2i.distill import predict
 from gencompress.t2i.evaluate import compare_images, make_images
 from gencompress.t2i.inputs import Inputs
-from gencompress.t2i.pipeline import denoiser, sequence_length, token_limits
+from gencompress.t2i.pipeline import denoiser, hushed, sequence_length, token_limits
 from gencompress.t2i.tiny import flux_ids
 
 FORWARDS = 5  # that a time is the median of
@@ -46,6 +46,13 @@ def forward_inputs(pipe: Any, size: int, batch: int = 1) -> dict[str, Any]:
         ids = flux_ids(latent // 2, tokens)
         inputs |= {n: one.to(inputs[n]) for n, one in zip(("img_ids", "txt_ids"), ids, strict=True)}
     return inputs
+
+
+def beside(before: Any, after: Any) -> Any:
+    """The second pipeline where the first one's denoiser is, in its dtype."""
+    model, _ = denoiser(before)
+    with hushed():
+        return after.to(device=model.device, dtype=model.dtype)
 
 
 def error_db(before: Any, after: Any, seen: Calibration, generator: torch.Generator) -> float:

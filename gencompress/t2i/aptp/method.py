@@ -31,43 +31,26 @@ from gencompress.t2i.aptp.settings import Config
 from gencompress.t2i.calibrate import calibrated
 from gencompress.t2i.evaluate import make_images
 from gencompress.t2i.formats import stored_type
-from gencompress.t2i.inputs import Inputs, read_inputs
+from gencompress.t2i.inputs import Inputs
+from gencompress.t2i.loading import pipeline_and_inputs
 from gencompress.t2i.pictures import shown, write_images, write_index, write_pair
-from gencompress.t2i.pipeline import denoiser, hushed, load_pipeline, with_denoiser
+from gencompress.t2i.pipeline import denoiser, hushed, with_denoiser
 from gencompress.t2i.quality import forward_inputs
-from gencompress.t2i.sample import default_size
-from gencompress.t2i.sample import sample as draw_pictures
 from gencompress.t2i.train import Progress, quiet
 
 
 def load(
     target: str, data: dict[str, str], device: str, dtype: str, config: Config, strict: bool = False
 ) -> tuple[Any, Inputs]:
-    """Reads a pipeline (a folder, or a hub's name) and what `data` names: see t2i/inputs.py.
-
-    Raises:
-        FormatError: a file is not what it should be.
-        OSError: the hub did not give the pipeline.
-        ValueError: a dtype or name of data that is not known, a size or guidance that the pipeline
-            cannot take, or fewer different prompts than experts.
-    """
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype {dtype!r}: known are float32, float16 and bfloat16")
-    pipe = load_pipeline(target, device=device, dtype=getattr(torch, dtype))
-    size = config.size or default_size(pipe)
-    inputs = read_inputs(
-        data,
-        size=size,
-        count=config.images,
-        steps=config.steps,
-        guidance=config.guidance,
-        device=device,
-    )
+    """See `loading.pipeline_and_inputs`; also ValueError for fewer different prompts than experts,
+    and for a denoiser without a table of gates."""
+    pipe, inputs = pipeline_and_inputs(
+        target, data, device, dtype,
+        size=config.size, images=config.images, steps=config.steps, guidance=config.guidance,
+    )  # fmt: skip
     different = len(set(inputs.prompts))
     if different < config.experts:
         raise ValueError(f"{config.experts} experts for {different} different prompts")
-    # no picture: refuses now what it would refuse after the work
-    draw_pictures(pipe, (), seeds=(), steps=config.steps, guidance=config.guidance, size=size)
     gates.layout(denoiser(pipe)[0])
     return pipe, inputs
 

@@ -33,18 +33,17 @@ from gencompress.t2i.distill import draws, seeds
 from gencompress.t2i.distill import predict as answer
 from gencompress.t2i.evaluate import compare_images, make_images
 from gencompress.t2i.formats import stored_type
-from gencompress.t2i.inputs import Inputs, read_inputs
+from gencompress.t2i.inputs import Inputs
+from gencompress.t2i.loading import pipeline_and_inputs
 from gencompress.t2i.pictures import write_preview, write_samples
 from gencompress.t2i.pipeline import (
     denoiser,
-    hushed,
     load_pipeline,
     save_pipeline,
     with_denoiser,
 )
-from gencompress.t2i.quality import error_db, forward_rows, text_tokens
+from gencompress.t2i.quality import beside, error_db, forward_rows, text_tokens
 from gencompress.t2i.sample import default_size
-from gencompress.t2i.sample import sample as draw_pictures
 from gencompress.t2i.train import Progress, quiet
 
 NEURONS = "experts.safetensors"  # which dense neurons each expert has
@@ -56,29 +55,13 @@ EMBEDDED = 1024  # draws that a modulation of lower rank is fitted on
 def load(
     target: str, data: dict[str, str], device: str, dtype: str, config: Config, strict: bool = False
 ) -> tuple[Any, Inputs]:
-    """Reads a pipeline (a folder, or a hub's name) and what `data` names: see t2i/inputs.py.
-
-    Raises:
-        FormatError: a file is not what it should be.
-        OSError: the hub did not give the pipeline.
-        ValueError: a dtype or name of data that is not known, a size or guidance that the pipeline
-            cannot take, or a denoiser that is not dense or whose widths do not divide.
-    """
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype {dtype!r}: known are float32, float16 and bfloat16")
-    pipe = load_pipeline(target, device=device, dtype=getattr(torch, dtype))
+    """See `loading.pipeline_and_inputs`; also ValueError for a denoiser that is not dense, or whose
+    widths do not divide."""
+    pipe, inputs = pipeline_and_inputs(
+        target, data, device, dtype,
+        size=config.pixels, images=config.images, steps=config.steps, guidance=config.guidance,
+    )  # fmt: skip
     _structure(denoiser(pipe)[0], config, 0)
-    size = config.pixels or default_size(pipe)
-    inputs = read_inputs(
-        data,
-        size=size,
-        count=config.images,
-        steps=config.steps,
-        guidance=config.guidance,
-        device=device,
-    )
-    # no picture: refuses now what it would refuse after the work
-    draw_pictures(pipe, (), seeds=(), steps=config.steps, guidance=config.guidance, size=size)
     return pipe, inputs
 
 
@@ -207,7 +190,7 @@ def predict(model: Any, data: Inputs, budget: Budget, config: Config) -> dict[st
 def measure(before: Any, after: Any, data: Inputs) -> list[Measurement]:
     """Parameters, those that are activated, MACs, time and memory of a forward, and the pictures of
     held-out prompts."""
-    after = _beside(before, after)
+    after = beside(before, after)
     old, new = denoiser(before)[0], denoiser(after)[0]
     size = data.wanted.size or default_size(before)
     latent, tokens = size // before.vae_scale_factor, text_tokens(before)
@@ -243,7 +226,7 @@ def restore(folder: Path) -> Any:
 
 def preview(before: Any, after: Any, result: Compressed, data: Inputs, folder: Path) -> None:
     """Pictures of held-out prompts, of both pipelines from the same seeds."""
-    write_preview(before, _beside(before, after), data.wanted, folder)
+    write_preview(before, beside(before, after), data.wanted, folder)
 
 
 def sample(model: Any, data: Inputs, folder: Path) -> list[Path]:
@@ -339,12 +322,6 @@ def _loads(
 
 def _cycle(count: int) -> torch.Tensor:
     return torch.arange(EMBEDDED) % count
-
-
-def _beside(before: Any, after: Any) -> Any:
-    model, _ = denoiser(before)
-    with hushed():
-        return after.to(device=model.device, dtype=model.dtype)
 
 
 def _again(generator: torch.Generator) -> torch.Generator:

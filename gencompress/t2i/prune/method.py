@@ -25,11 +25,11 @@ from gencompress.t2i import coupling
 from gencompress.t2i.calibrate import Calibration, batches, calibrated
 from gencompress.t2i.distill import Weights
 from gencompress.t2i.formats import stored_type
-from gencompress.t2i.inputs import Inputs, read_inputs
+from gencompress.t2i.inputs import Inputs
+from gencompress.t2i.loading import pipeline_and_inputs
 from gencompress.t2i.pictures import write_preview, write_samples
 from gencompress.t2i.pipeline import (
     denoiser,
-    hushed,
     load_pipeline,
     save_pipeline,
     with_denoiser,
@@ -41,9 +41,7 @@ from gencompress.t2i.prune.room import (
     prunable,
     room_for,
 )
-from gencompress.t2i.quality import error_db, pipeline_rows
-from gencompress.t2i.sample import default_size
-from gencompress.t2i.sample import sample as draw
+from gencompress.t2i.quality import beside, error_db, pipeline_rows
 from gencompress.t2i.score import (
     CRITERIA,
     ecoflap_keep,
@@ -115,29 +113,11 @@ class Config:
 def load(
     target: str, data: dict[str, str], device: str, dtype: str, config: Config, strict: bool = False
 ) -> tuple[Any, Inputs]:
-    """Reads a pipeline (a folder, or a hub's name) and what `data` names: see t2i/inputs.py.
-
-    Raises:
-        FormatError: a file is not what it should be.
-        OSError: the hub did not give the pipeline.
-        ValueError: a dtype or name of data that is not known, or a size or guidance that the
-            pipeline cannot take.
-    """
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype {dtype!r}: known are float32, float16 and bfloat16")
-    pipe = load_pipeline(target, device=device, dtype=getattr(torch, dtype))
-    size = config.size or default_size(pipe)
-    inputs = read_inputs(
-        data,
-        size=size,
-        count=config.images,
-        steps=config.steps,
-        guidance=config.guidance,
-        device=device,
-    )
-    # no picture: refuses now what it would refuse after the work
-    draw(pipe, (), seeds=(), steps=config.steps, guidance=config.guidance, size=size)
-    return pipe, inputs
+    """See `loading.pipeline_and_inputs`."""
+    return pipeline_and_inputs(
+        target, data, device, dtype,
+        size=config.size, images=config.images, steps=config.steps, guidance=config.guidance,
+    )  # fmt: skip
 
 
 def score(
@@ -376,7 +356,7 @@ def predict(model: Any, data: Inputs, budget: Budget, config: Config) -> dict[st
 def measure(before: Any, after: Any, data: Inputs) -> list[Measurement]:
     """Cost of the denoiser, time and memory of a forward, and the pictures of held-out prompts.
     `after` is moved to where `before` is, and into its dtype."""
-    return pipeline_rows(before, _beside(before, after), data)
+    return pipeline_rows(before, beside(before, after), data)
 
 
 def save(result: Compressed, folder: Path, config: Config, data: Inputs) -> Path:
@@ -394,13 +374,7 @@ def restore(folder: Path) -> Any:
 
 def preview(before: Any, after: Any, result: Compressed, data: Inputs, folder: Path) -> None:
     """Pictures of held-out prompts, of both pipelines from the same seeds."""
-    write_preview(before, _beside(before, after), data.wanted, folder)
-
-
-def _beside(before: Any, after: Any) -> Any:
-    model, _ = denoiser(before)
-    with hushed():
-        return after.to(device=model.device, dtype=model.dtype)
+    write_preview(before, beside(before, after), data.wanted, folder)
 
 
 def sample(model: Any, data: Inputs, folder: Path) -> list[Path]:
