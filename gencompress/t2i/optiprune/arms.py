@@ -35,6 +35,7 @@ from gencompress.t2i.optiprune.noise import (
     starting_noise,
 )
 from gencompress.t2i.optiprune.prune import PruneConfig, pruned
+from gencompress.t2i.optiprune.session import Passes
 from gencompress.t2i.optiprune.subjects import Subject
 from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.sample import default_size
@@ -112,7 +113,8 @@ def draw_arm(
     again = [torch.Generator().manual_seed(seed) for seed in seeds]
     found = None
     begun = time.perf_counter()
-    with _counted(model) as count, _fewer_tokens(name, pipe, prune):
+    passes = Passes()
+    with passes.counted(model), _fewer_tokens(name, pipe, prune):
         how: dict[str, Any] = {"generators": again, "size": size, "progress": progress}
         if name in ("initno", "mapped", "ours"):
             found = map_noise(pipe, prompts, subjects, noise, **how)
@@ -132,29 +134,13 @@ def draw_arm(
                 )
             )  # fmt: skip
     seconds = time.perf_counter() - begun
-    return Drawn(torch.cat(images), seconds, count[0] / len(prompts), found)
+    return Drawn(torch.cat(images), seconds, passes.count / len(prompts), found)
 
 
 def mapping_passes(noise: NoiseConfig) -> int:
     """The most that `map_noise` takes for a picture, counted as in `Drawn`."""
     rounds = [noise.steps] * noise.rounds + [noise.last_steps] * bool(noise.last_steps)
     return sum(steps + 1 + 2 * steps for steps in rounds)
-
-
-@contextlib.contextmanager
-def _counted(model: nn.Module) -> Iterator[list[int]]:
-    """A list of one number: what passes of all pictures have been begun meanwhile."""
-    count = [0]
-
-    def add(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        states = args[0] if args else named["sample" if "sample" in named else "hidden_states"]
-        count[0] += len(states) * (3 if torch.is_grad_enabled() and states.requires_grad else 1)
-
-    hook = model.register_forward_pre_hook(add, with_kwargs=True)
-    try:
-        yield count
-    finally:
-        hook.remove()
 
 
 def _scaled(updates: Updates | None, steps: int, pictures: int) -> Updates | None:

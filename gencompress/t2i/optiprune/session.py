@@ -342,7 +342,7 @@ def _note(session: Session, row: dict[str, Any]) -> None:
 
 
 class Passes:
-    """How many samples went through a denoiser; one with gradients counts as three."""
+    """How many samples went through a denoiser; there and back counts as three."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -351,7 +351,8 @@ class Passes:
     def counted(self, model: torch.nn.Module) -> Iterator[None]:
         def add(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             first = args[0] if args else named["sample" if "sample" in named else "hidden_states"]
-            self.count += len(first) * (3 if torch.is_grad_enabled() else 1)
+            both_ways = torch.is_grad_enabled() and first.requires_grad
+            self.count += len(first) * (3 if both_ways else 1)
 
         handle = model.register_forward_pre_hook(add, with_kwargs=True)
         try:
