@@ -6,7 +6,8 @@ pictures with names (the folder of an emoji64.npz and an emoji64_captions.csv).
 The stages, in order: vae, clip, latents, sd, flux, and apart from these, with seeds and shapes of
 their own: judge (a CLIP), detector, copies. `assemble` writes scenes/tiny-sd, scenes/tiny-flux and
 scenes/tiny-eval. A stage that was stopped goes on from its checkpoint; a finished one is skipped.
-With `--start scenes/tiny-sd` the first two are taken from there, and `sd` trains that U-Net on.
+With `--start scenes/tiny-sd` the first two are taken from there, and `sd` trains that U-Net on;
+with `--start scenes/tiny-flux`, `flux` its transformer.
 Two cores: about 25 minutes for the VAE, 15 for the CLIP, 2 to 3 hours a generator, 10 an encoder.
 """
 
@@ -242,8 +243,10 @@ def train_sd(work: Path, how: Training, start: Path | None = None) -> None:
     unet.save_pretrained(work / "sd")
 
 
-def train_flux(work: Path, how: Training) -> None:
-    """Rectified flow; the T5 encoder is trained with the transformer, CLIP's pooled text is not."""
+def train_flux(work: Path, how: Training, start: Path | None = None) -> None:
+    """Rectified flow; the T5 encoder is trained with the transformer, CLIP's pooled text is not.
+    Goes on from those of the pipeline `start`, if there is one."""
+    from diffusers import FluxTransformer2DModel
     from transformers import CLIPTextModel, T5EncoderModel
 
     data, tokenizer = Latents(work, 3), read_tokenizer(work)
@@ -254,6 +257,12 @@ def train_flux(work: Path, how: Training) -> None:
     torch.manual_seed(1)
     transformer = tiny.flux()
     encoder = T5EncoderModel(tiny.t5_config(tokenizer))
+    if start is not None:
+        found = FluxTransformer2DModel.from_pretrained(start / "transformer")
+        transformer.load_state_dict(found.state_dict())
+        encoder.load_state_dict(
+            T5EncoderModel.from_pretrained(start / "text_encoder_2").float().state_dict()
+        )
     image_ids, text_ids = tiny.flux_ids()
     scheduler = tiny.flow_scheduler()
 
@@ -570,7 +579,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and results")
     parser.add_argument("--steps", type=int, help="instead of the stage's own")
-    parser.add_argument("--start", type=Path, help="pipeline whose parts and U-Net to go on from")
+    parser.add_argument("--start", type=Path, help="pipeline whose parts and denoiser to go on from")
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args()
     unknown = [stage for stage in given.stages if stage not in names]
@@ -603,7 +612,7 @@ def main() -> None:
         elif stage == "sd":
             train_sd(given.work, how, given.start)
         elif stage == "flux":
-            train_flux(given.work, how)
+            train_flux(given.work, how, given.start)
         elif stage == "detector":
             train_detector(sprites, given.work, how)
         else:
