@@ -579,7 +579,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and results")
     parser.add_argument("--steps", type=int, help="instead of the stage's own")
-    parser.add_argument("--start", type=Path, help="pipeline whose parts and denoiser to go on from")
+    parser.add_argument(
+        "--start", type=Path, help="pipeline whose parts and denoiser to go on from"
+    )
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args()
     unknown = [stage for stage in given.stages if stage not in names]
