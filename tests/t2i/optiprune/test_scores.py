@@ -154,3 +154,27 @@ def test_a_judge_scores_latents_of_any_of_its_prompts(generator):
 def test_every_prompt_needs_subjects(subjects):
     with pytest.raises(ValueError, match="lists of subjects for 1 prompts"):
         judge(None, ["a cat"], subjects).__enter__()
+
+
+def test_peaks_against_places_by_hand():
+    flat = torch.full((1, 1, 4, 4), 0.3)
+    assert cross_score(flat, "place").tolist() == pytest.approx([1.0])
+    sharp = torch.zeros(1, 1, 4, 4)
+    sharp[..., 1, 2] = 0.02  # how high it is does not matter
+    assert cross_score(sharp, "place").tolist() == pytest.approx([1 / 16])
+    assert cross_score(50 * sharp, "place").tolist() == pytest.approx([1 / 16])
+    # the flattest subject decides
+    assert cross_score(torch.cat([sharp, flat], 1), "place").tolist() == pytest.approx([1.0])
+
+
+def test_maps_against_places_are_the_attention_blurred(generator):
+    cross = torch.rand(2, 5, 6, 9, generator=generator)
+    subjects = [Subject("cat", (2,)), Subject("frog", (4, 5))]
+    found = subject_maps(cross, subjects, 1, "place")
+    wanted = torch.stack([cross[..., 2], cross[..., 4:6].mean(-1)], 1)
+    torch.testing.assert_close(found, blur(wanted))
+
+
+def test_unknown_peaks():
+    with pytest.raises(ValueError, match="peaks 'time': expected text or place"):
+        judge(None, ["a cat"], [()], peaks="time").__enter__()
