@@ -53,6 +53,11 @@ def seeds(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(2**32, (count,), generator=generator).tolist()  # the CPU's use 32 bits
 
 
+def again(generator: torch.Generator) -> torch.Generator:
+    """A new generator at the seed of this one, wherever it is now: the same chance for each arm."""
+    return torch.Generator().manual_seed(generator.initial_seed())
+
+
 def draws(of: Sequence[int], device: torch.device | str = "cpu") -> Draws:
     """A generator for each seed, one a sample."""
     return Draws(tuple(torch.Generator().manual_seed(seed) for seed in of), device)

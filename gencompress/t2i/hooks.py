@@ -102,3 +102,15 @@ def _leaving(out: Any) -> list[Tensor]:
         return [out]
     values = out.values() if isinstance(out, dict) else out if isinstance(out, tuple) else ()
     return [value for value in values if isinstance(value, Tensor)]
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and in its own again afterwards."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True

@@ -40,8 +40,8 @@ from gencompress.t2i.formats import (
 
 __all__ = [
     "DENOISERS", "denoiser", "describe", "encode_prompts", "hushed", "image_size", "is_hub_name",
-    "load_pipeline",
-    "save_pipeline", "sequence_length", "token_limits", "with_denoiser", "with_parts",
+    "load_part", "load_pipeline", "save_part", "save_pipeline", "sequence_length", "token_limits",
+    "with_denoiser", "with_parts",
 ]  # fmt: skip
 
 # classes that older pipelines name and newer versions of transformers lack
@@ -85,7 +85,7 @@ def load_pipeline(
             found = ", ".join(f"{name} {kind}" for name, kind in held.items())
             raise FormatError(folder, f"parts of different types ({found}); name one dtype for all")
         dtype = dtype or getattr(torch, next(iter(held.values())))
-        parts = {name: _load_part(folder / name, kind, dtype) for name, kind in classes.items()}
+        parts = {name: load_part(folder / name, kind, dtype) for name, kind in classes.items()}
         settings = {name: index[name] for name in options if name in index}
         try:
             made = pipeline(**dict.fromkeys(wanted) | settings | parts)
@@ -136,20 +136,31 @@ def save_pipeline(pipe: Any, folder: str | Path, *, dtype: torch.dtype | None = 
         for name, part in pipe.components.items():
             if part is None:
                 continue
-            if isinstance(part, torch.nn.Module):
-                part = _as_type(name, part, dtype)
-            part.save_pretrained(folder / name)
-            for file, module in OWN.items():
-                if type(part).__module__ == module:
-                    index[name] = [file, type(part).__name__]
-                    source = importlib.import_module(module).__file__
-                    shutil.copyfile(str(source), folder / name / f"{file}.py")
+            file = save_part(part, folder / name, dtype)
+            if file is not None:
+                index[name] = [file, type(part).__name__]
     write_json(folder / INDEX, index)
-    mode = (folder / INDEX).stat().st_mode
-    for path in folder.glob("*/*.safetensors"):
-        path.chmod(mode)  # safetensors keeps its files from everybody else
-    for path in folder.glob("*/config.json"):
-        write_json(path, read_json(path))
+
+
+def save_part(part: Any, folder: Path, dtype: torch.dtype | None = None) -> str | None:
+    """Writes one part of a pipeline, and beside a denoiser of ours the file with its class, whose
+    name without suffix it returns. Raises as `save_pipeline`."""
+    if isinstance(part, torch.nn.Module):
+        part = _as_type(folder.name, part, dtype)
+    with hushed():
+        part.save_pretrained(folder)
+    config = folder / "config.json"
+    if config.is_file():
+        write_json(config, read_json(config))
+        mode = config.stat().st_mode
+        for path in folder.glob("*.safetensors"):
+            path.chmod(mode)  # safetensors keeps its files from everybody else
+    for file, module in OWN.items():
+        if type(part).__module__ == module:
+            source = importlib.import_module(module).__file__
+            shutil.copyfile(str(source), folder / f"{file}.py")
+            return file
+    return None
 
 
 def token_limits(pipe: Any) -> dict[str, int]:
@@ -303,7 +314,9 @@ def _part_class(folder: Path, name: str, library: str, kind: str) -> Any:
     return found
 
 
-def _load_part(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
+def load_part(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
+    """One part of a pipeline, of a class of diffusers, of transformers or of ours, in evaluation
+    mode. Raises FormatError where its files are not what they should be."""
     from diffusers import ModelMixin
 
     if not issubclass(kind, torch.nn.Module):

@@ -28,10 +28,12 @@ def pipeline_rows(before: Any, after: Any, data: Inputs) -> list[Measurement]:
     of `data.wanted` tell with `data.judges` (t2i/evaluate.py)."""
     size = data.wanted.size
     old, new = denoiser(before)[0], denoiser(after)[0]
-    rows = [
-        *cost_rows(old, new, forward_inputs(before, size)),
-        *forward_rows(before, after, size),
-    ]
+    return cost_rows(old, new, forward_inputs(before, size)) + drawing_rows(before, after, data)
+
+
+def drawing_rows(before: Any, after: Any, data: Inputs) -> list[Measurement]:
+    """The same without parameters and MACs."""
+    rows = forward_rows(before, after, data.wanted.size)
     pictures = [make_images(pipe, data.wanted) for pipe in (before, after)]
     return rows + compare_images(*pictures, data.wanted.prompts, data.judges)
 
@@ -53,6 +55,16 @@ def beside(before: Any, after: Any) -> Any:
     model, _ = denoiser(before)
     with hushed():
         return after.to(device=model.device, dtype=model.dtype)
+
+
+def point(
+    series: str, x: float, x_name: str, y: float, y_name: str, unit: str = ""
+) -> dict[str, Any]:
+    """Of a curve in the report; `unit` is that of y."""
+    return {
+        "kind": "curve", "series": series, "x": x, "x_name": x_name, "x_unit": "", "y": y,
+        "y_name": y_name, "y_unit": unit,
+    }  # fmt: skip
 
 
 def error_db(before: Any, after: Any, seen: Calibration, generator: torch.Generator) -> float:

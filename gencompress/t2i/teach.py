@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,9 @@ from torch import Tensor, nn
 
 from gencompress.t2i.calibrate import Calibration, conditions_of, noised
 from gencompress.t2i.distill import Draws, Weights, losses, targets
+from gencompress.t2i.hooks import evaluated
 from gencompress.t2i.pipeline import denoiser, hushed
-from gencompress.t2i.train import Log, Progress, Training, fit, quiet
+from gencompress.t2i.train import Log, Progress, Step, Training, fit, quiet
 
 
 def teach(
@@ -46,20 +45,43 @@ def teach(
         told = conditions_of(pipe, seen.rows, index, seen.size)
         return losses(student, met, told, weights, targets(teacher, met, told, paths))
 
+    return learn_from(teacher, student, seen, step, how, workdir, generator, run, progress)
+
+
+def learn_from(
+    teacher: Any,
+    student: nn.Module,
+    seen: Calibration,
+    step: Step,
+    how: Training,
+    workdir: Path | None,
+    generator: torch.Generator,
+    run: str,
+    progress: Progress = quiet,
+) -> Log:
+    """`fit` of what of `student` wants gradients, in float32, by steps that get {"index": of
+    latents of `seen`}. It ends with the averaged weights where there is an average, in evaluation
+    mode and the dtype of `teacher`, also where the run fails.
+
+    Returns and raises as `train.fit`.
+    """
     samples = [{"index": torch.tensor(i)} for i in range(len(seen.latents))]
-    with hushed():
-        student.float().train()
+    models = {"student": student}
     run = f"{run}, latents {seen.digest[:16]}"
     if workdir is not None:
         workdir.mkdir(exist_ok=True)
-    with _evaluated(teacher):
-        log, average = fit(
-            {"student": student}, step, samples, how, workdir, generator, run=run, progress=progress
-        )
-    if average is not None:
-        average.copy_to({"student": student})
     with hushed():
-        student.to(teacher.dtype).eval()
+        student.float().train()
+    try:
+        with evaluated(teacher):
+            log, average = fit(
+                models, step, samples, how, workdir, generator, run=run, progress=progress
+            )
+        if average is not None:
+            average.copy_to(models)
+    finally:
+        with hushed():
+            student.to(teacher.dtype).eval()
     return log
 
 
@@ -80,15 +102,3 @@ def _has(model: nn.Module, path: str) -> bool:
     """Whether there is a block of that path; what stands in for a dropped one has no weights."""
     block = dict(model.named_modules()).get(path)
     return block is not None and any(True for _ in block.parameters())
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and in its own again afterwards."""
-    trained = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True

@@ -108,15 +108,8 @@ def routed_error(
     total = 0.0
     for number in ids.unique().tolist():
         part = _part(seen, (ids == number).nonzero().flatten())
-        total += len(part.latents) * static_error(
-            before, pipeline_of(after, number), part, generator
-        )
+        total += len(part.latents) * error_db(before, pipeline_of(after, number), part, generator)
     return total / len(ids)
-
-
-def static_error(before: Any, after: Any, seen: Calibration, generator: torch.Generator) -> float:
-    """`quality.error_db`."""
-    return error_db(before, after, seen, generator)
 
 
 def _scored(

@@ -22,20 +22,21 @@ from gencompress.measure import Measurement
 from gencompress.t2i import coupling
 from gencompress.t2i.aptp import gates
 from gencompress.t2i.aptp.architecture import relaxed
-from gencompress.t2i.aptp.arms import Made, make, routed_error, static_error
+from gencompress.t2i.aptp.arms import Made, make, routed_error
 from gencompress.t2i.aptp.cost import MacsTable, macs_table
 from gencompress.t2i.aptp.experts import unit_mask
 from gencompress.t2i.aptp.quality import expert_rows, routed_rows
 from gencompress.t2i.aptp.routed import Routed, how, images, load_routed, save_routed
 from gencompress.t2i.aptp.settings import Config
 from gencompress.t2i.calibrate import calibrated
+from gencompress.t2i.distill import again
 from gencompress.t2i.evaluate import make_images
 from gencompress.t2i.formats import stored_type
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.loading import pipeline_and_inputs
 from gencompress.t2i.pictures import shown, write_images, write_index, write_pair
 from gencompress.t2i.pipeline import denoiser, hushed, with_denoiser
-from gencompress.t2i.quality import forward_inputs
+from gencompress.t2i.quality import error_db, forward_inputs, point
 from gencompress.t2i.train import Progress, quiet
 
 
@@ -137,17 +138,14 @@ def compare(
     table = _table(before, data)
     share = next(row["share"] for row in result.log if row["kind"] == "share")
     seen = calibrated(before, data, config.latents, None)
-    found = {"aptp": (routed_error(before, result.model, seen, _again(generator)), share)}
+    found = {"aptp": (routed_error(before, result.model, seen, again(generator)), share)}
     for name in config.compare:
         progress(f"baseline {name}")
-        arm = make(before, seen, table, share, config, name, _again(generator), None, progress)
-        error = routed_error if isinstance(arm.model, Routed) else static_error
-        found[name] = error(before, arm.model, seen, _again(generator)), arm.mean_share
+        arm = make(before, seen, table, share, config, name, again(generator), None, progress)
+        error = routed_error if isinstance(arm.model, Routed) else error_db
+        found[name] = error(before, arm.model, seen, again(generator)), arm.mean_share
     return [
-        {
-            "kind": "curve", "series": name, "x": used, "x_name": "share of MACs", "x_unit": "",
-            "y": near, "y_name": "answers against dense", "y_unit": "dB",
-        }
+        point(name, used, "share of MACs", near, "answers against dense", "dB")
         for name, (near, used) in found.items()
     ]  # fmt: skip
 
@@ -240,7 +238,3 @@ def _beside(before: Any, after: Routed) -> Routed:
     with hushed():
         moved = tuple(one.to(device=model.device, dtype=model.dtype) for one in after.experts)
     return replace(after, experts=moved, pipe=with_denoiser(before, moved[after.main]))
-
-
-def _again(generator: torch.Generator) -> torch.Generator:
-    return torch.Generator().manual_seed(generator.initial_seed())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +11,15 @@ import torch
 from torch import Tensor
 
 from gencompress.files import FormatError
-from gencompress.t2i import cut
 from gencompress.t2i.aptp.encoder import PromptEncoder, own_encoder, sentence_encoder
 from gencompress.t2i.aptp.router import Router, load_router, route, save_router
 from gencompress.t2i.evaluate import EvaluationSet
 from gencompress.t2i.formats import read_json, write_json
 from gencompress.t2i.pipeline import (
     denoiser,
-    hushed,
+    load_part,
     load_pipeline,
+    save_part,
     save_pipeline,
     with_denoiser,
 )
@@ -80,15 +78,8 @@ def save_routed(routed: Routed, encoder: str, folder: Path, dtype: torch.dtype) 
     name = denoiser(routed.pipe)[1]
     (folder / EXPERTS).mkdir()
     for number, model in enumerate(routed.experts):
-        if number == routed.main:
-            continue
-        place = folder / EXPERTS / str(number)
-        with hushed():
-            _as(model, dtype).save_pretrained(place)
-        shutil.copyfile(cut.__file__, place / "cut.py")
-        write_json(place / "config.json", read_json(place / "config.json"))
-    for path in (folder / EXPERTS).glob("*/*.safetensors"):
-        path.chmod((folder / ABOUT).parent.stat().st_mode & 0o666)
+        if number != routed.main:
+            save_part(model, folder / EXPERTS / str(number), dtype)
     save_router(routed.router, folder / ROUTER)
     about = {
         "experts": len(routed.experts), "main": routed.main, "denoiser": name, "encoder": encoder,
@@ -111,35 +102,11 @@ def load_routed(folder: str | Path, device: str = "cpu", dtype: torch.dtype = to
     pipe = load_pipeline(folder, device=device, dtype=dtype)
     model, _ = denoiser(pipe)
     experts = [
-        model if number == main else _expert(type(model), folder / EXPERTS / str(number), dtype)
+        model if number == main else load_part(folder / EXPERTS / str(number), type(model), dtype)
         for number in range(count)
     ]
     router = load_router(folder / ROUTER, encoder_of(pipe, encoder, device))
     return Routed(pipe, router, tuple(one.to(device) for one in experts), main)
-
-
-def _expert(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    read_json(folder / "config.json")
-    try:
-        with hushed():
-            model, info = kind.from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                torch_dtype=dtype,
-            )
-    except Exception as problem:  # diffusers raises what it likes
-        reason = str(problem).strip().partition("\n")[0]
-        raise FormatError(folder, f"no {kind.__name__}: {reason}") from None
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise FormatError(folder, f"{len(wrong)} weights do not fit, as {wrong[0]}")
-    return model.eval()
-
-
-def _as(model: Any, dtype: torch.dtype) -> Any:
-    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
 
 
 def shares_of(router: Router, prompts: Sequence[str]) -> Tensor:

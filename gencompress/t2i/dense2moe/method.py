@@ -29,9 +29,8 @@ from gencompress.t2i.dense2moe.layout import feed_forwards, groups_of, kind_of, 
 from gencompress.t2i.dense2moe.lora import neurons, save_neurons
 from gencompress.t2i.dense2moe.moe import mixtures, recording, set_top_k
 from gencompress.t2i.dense2moe.settings import Config
-from gencompress.t2i.distill import draws, seeds
+from gencompress.t2i.distill import again, draws, seeds
 from gencompress.t2i.distill import predict as answer
-from gencompress.t2i.evaluate import compare_images, make_images
 from gencompress.t2i.formats import stored_type
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.loading import pipeline_and_inputs
@@ -42,7 +41,7 @@ from gencompress.t2i.pipeline import (
     save_pipeline,
     with_denoiser,
 )
-from gencompress.t2i.quality import beside, error_db, forward_rows, text_tokens
+from gencompress.t2i.quality import beside, drawing_rows, error_db, point, text_tokens
 from gencompress.t2i.sample import default_size
 from gencompress.t2i.train import Progress, quiet
 
@@ -142,34 +141,31 @@ def compare(
     dense, chosen = parameters(denoiser(before)[0]), _top_k(model)
     rows = []
 
-    def point(series: str, pipe: Any, used: float) -> None:
-        near = error_db(before, pipe, seen, _again(generator))
+    def add(series: str, pipe: Any, used: float) -> None:
+        near = error_db(before, pipe, seen, again(generator))
+        share = used / dense
         rows.append(
-            {
-                "kind": "curve", "series": series, "x": used / dense,
-                "x_name": "activated parameters", "x_unit": "", "y": near,
-                "y_name": "answers against dense", "y_unit": "dB",
-            }
-        )  # fmt: skip
+            point(series, share, "activated parameters", near, "answers against dense", "dB")
+        )
 
     used = _active(model)
     try:
         for number in sorted({0, 1, 2, 4, config.experts, chosen}):
             if number <= config.experts:
                 set_top_k(model, number)
-                point("experts a token", result.model, _active(model))
+                add("experts a token", result.model, _active(model))
     finally:
         set_top_k(model, chosen)
     for name in config.compare:
         progress(f"baseline {name}")
         if name == "random":
-            again = _again(generator)
-            scores = at_random(dict(result.scores), again)
+            chance = again(generator)
+            scores = at_random(dict(result.scores), chance)
             mixture = dict(model.config.mixture)
-            arm, _ = staged(before, seen, mixture, scores, None, config, None, again, progress)
+            arm, _ = staged(before, seen, mixture, scores, None, config, None, chance, progress)
         else:
-            arm, _ = smaller(before, seen, used, config, name, _again(generator), progress)
-        point(name, arm, used if name == "random" else parameters(denoiser(arm)[0]))
+            arm, _ = smaller(before, seen, used, config, name, again(generator), progress)
+        add(name, arm, used if name == "random" else parameters(denoiser(arm)[0]))
     return rows
 
 
@@ -203,9 +199,7 @@ def measure(before: Any, after: Any, data: Inputs) -> list[Measurement]:
             ("MACs per forward", "macs", "MACs"),
         )
     ]
-    rows += forward_rows(before, after, size)
-    pictures = [make_images(pipe, data.wanted) for pipe in (before, after)]
-    return rows + compare_images(*pictures, data.wanted.prompts, data.judges)
+    return rows + drawing_rows(before, after, data)
 
 
 def save(result: Compressed, folder: Path, config: Config, data: Inputs) -> Path:
@@ -310,19 +304,12 @@ def _loads(
                 if ("context" in path) == (stream == "text")
             ]
             if own:
+                mean, times_name = sum(own) / len(own), "share of the timesteps"
                 rows.append(
-                    {
-                        "kind": "curve", "series": f"{stream} tokens", "x": share,
-                        "x_name": "share of the timesteps", "x_unit": "",
-                        "y": sum(own) / len(own), "y_name": "largest load over mean", "y_unit": "",
-                    }
-                )  # fmt: skip
+                    point(f"{stream} tokens", share, times_name, mean, "largest load over mean")
+                )
     return rows
 
 
 def _cycle(count: int) -> torch.Tensor:
     return torch.arange(EMBEDDED) % count
-
-
-def _again(generator: torch.Generator) -> torch.Generator:
-    return torch.Generator().manual_seed(generator.initial_seed())

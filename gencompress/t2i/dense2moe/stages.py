@@ -20,9 +20,9 @@ from gencompress.t2i.dense2moe.mob import block_balance_loss, exploring, recordi
 from gencompress.t2i.dense2moe.moe import balance_loss, blocks, mixtures, recording, set_top_k
 from gencompress.t2i.distill import FLOOR, Draws, predict, targets
 from gencompress.t2i.hooks import Streams, record
-from gencompress.t2i.pipeline import denoiser, hushed
-from gencompress.t2i.teach import block_paths
-from gencompress.t2i.train import Log, Progress, Training, fit, quiet
+from gencompress.t2i.pipeline import denoiser
+from gencompress.t2i.teach import block_paths, learn_from
+from gencompress.t2i.train import Log, Progress, Training, quiet
 
 STAGES = ("shared", "experts", "blocks")
 ROUTED = ("w1", "b1", "w2")  # of a layer, all routed experts together
@@ -96,26 +96,15 @@ def train_stage(
             total = total + objective.block_balance * found["block_balance"]
         return {**found, "loss": total}
 
-    samples = [{"index": torch.tensor(i)} for i in range(len(seen.latents))]
-    with hushed():
-        student.float().train()
     freeze(student, stage)
     if stage == "shared":
         set_top_k(student, 0)
-    if workdir is not None:
-        workdir.mkdir(exist_ok=True)
-    run = f"{run}, {stage}, {objective}, latents {seen.digest[:16]}"
+    run = f"{run}, {stage}, {objective}"
     try:
-        models = {"student": student}
-        log, average = fit(
-            models, step, samples, how, workdir, generator, run=run, progress=progress
-        )
-        if average is not None:
-            average.copy_to(models)
+        log = learn_from(teacher, student, seen, step, how, workdir, generator, run, progress)
     finally:
         set_top_k(student, before)
-        with hushed():
-            student.requires_grad_(True).to(teacher.dtype).eval()
+        student.requires_grad_(True)
     return [{**row, "series": f"stage {stage}"} for row in log]
 
 

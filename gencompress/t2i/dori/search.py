@@ -28,7 +28,7 @@ from gencompress.t2i.data.cache import digest
 from gencompress.t2i.distill import Draws, diffuse, draws, predict
 from gencompress.t2i.dori.draw import expect_unet
 from gencompress.t2i.dori.masks import model_digest
-from gencompress.t2i.hooks import replace
+from gencompress.t2i.hooks import evaluated, replace
 from gencompress.t2i.train import Progress, quiet
 
 STARTS = ("caption", "normal", "other")
@@ -153,17 +153,14 @@ def search(
 def frozen(model: nn.Module) -> Iterator[None]:
     """Within the block no weight takes a gradient, and every module is in evaluation mode."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     for weight in weights:
         weight.requires_grad_(False)
     try:
-        yield
+        with evaluated(model):
+            yield
     finally:
         for weight in weights:
             weight.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ from gencompress.t2i.optiprune.settings import (
 from gencompress.t2i.optiprune.sites import find_sites, largest_grid
 from gencompress.t2i.optiprune.subjects import Subject, find_subjects
 from gencompress.t2i.pictures import write_images
-from gencompress.t2i.pipeline import denoiser, hushed, load_pipeline
+from gencompress.t2i.pipeline import denoiser, load_pipeline
+from gencompress.t2i.quality import beside
 from gencompress.t2i.sample import default_size
 from gencompress.t2i.sample import sample as draw_pictures
 from gencompress.t2i.train import Progress, quiet
@@ -248,8 +249,8 @@ def measure(before: Any, after: OptiPruned, data: Asked) -> list[Measurement]:
         whole = float(describe(after.place)["bytes"])
     # the pipeline goes with what is saved, so nothing is smaller
     file = Measurement("file size", whole, whole, "B", "lower")
-    made = _beside(before, after)
-    return [file, *quality.rows(before, made, data, _pruning(before, made, data))]
+    beside(before, after.pipe)
+    return [file, *quality.rows(before, after, data, _pruning(before, after, data))]
 
 
 def _pruning(pipe: Any, made: OptiPruned, data: Asked) -> PruneConfig | None:
@@ -276,15 +277,8 @@ def restore(folder: Path) -> OptiPruned:
 def preview(before: Any, after: OptiPruned, result: Compressed, data: Asked, folder: Path) -> None:
     """Pictures of the same seeds without and with, and the attention to each subject over them. The
     scores of the noise go to the log of `result`."""
-    made = _beside(before, after)
-    result.log.extend(quality.write_preview(before, made, data, folder))
-
-
-def _beside(before: Any, after: OptiPruned) -> OptiPruned:
-    model, _ = denoiser(before)
-    with hushed():
-        after.pipe.to(device=model.device, dtype=model.dtype)
-    return after
+    beside(before, after.pipe)
+    result.log.extend(quality.write_preview(before, after, data, folder))
 
 
 def sample(model: OptiPruned, data: Asked, folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from gencompress.core.units import Scores, Units
 from gencompress.measure import Measurement
 from gencompress.t2i import coupling
 from gencompress.t2i.calibrate import Calibration, batches, calibrated
-from gencompress.t2i.distill import Weights
+from gencompress.t2i.distill import Weights, again
 from gencompress.t2i.formats import stored_type
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.loading import pipeline_and_inputs
@@ -41,7 +41,7 @@ from gencompress.t2i.prune.room import (
     prunable,
     room_for,
 )
-from gencompress.t2i.quality import beside, error_db, pipeline_rows
+from gencompress.t2i.quality import beside, error_db, pipeline_rows, point
 from gencompress.t2i.score import (
     CRITERIA,
     ecoflap_keep,
@@ -313,7 +313,7 @@ def compare(
     """With `config.compare`, how near other scores come to the dense model with the same budget and
     as many steps of distillation; and the losses of the run."""
     rows = [
-        _point(
+        point(
             config.score, row["step"], "step of distillation", row["output"], "answer's error", ""
         )
         for row in result.log
@@ -329,22 +329,12 @@ def compare(
     for name in config.compare:
         progress(f"baseline {name}")
         other = replace(config, score=name, compare=())
-        again = torch.Generator().manual_seed(generator.initial_seed())
-        arms[name] = _pruned(before, room, seen, other, again, None, progress).model
+        arms[name] = _pruned(before, room, seen, other, again(generator), None, progress).model
     share = f"share of {kept['unit']}"
     for name, arm in arms.items():
-        again = torch.Generator().manual_seed(generator.initial_seed())
-        near = error_db(before, arm, seen, again)
-        rows.append(_point(name, kept["share"], share, near, "answers against dense", "dB"))
+        near = error_db(before, arm, seen, again(generator))
+        rows.append(point(name, kept["share"], share, near, "answers against dense", "dB"))
     return rows
-
-
-def _point(series: str, x: float, x_name: str, y: float, y_name: str, unit: str) -> dict[str, Any]:
-    """Of a curve in the report."""
-    return {
-        "kind": "curve", "series": series, "x": x, "x_name": x_name, "x_unit": "", "y": y,
-        "y_name": y_name, "y_unit": unit,
-    }  # fmt: skip
 
 
 def predict(model: Any, data: Inputs, budget: Budget, config: Config) -> dict[str, float]:
