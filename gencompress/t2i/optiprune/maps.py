@@ -22,6 +22,10 @@ from gencompress.t2i.sample import grid
 GRAY, STRONG = 0.45, 0.85  # how bright pictures stay under a map; how opaque its peak is (taste)
 LOW, HIGH = (255.0, 60.0, 0.0), (255.0, 235.0, 60.0)  # colours from a little to the peak
 ON_A_SHEET = 4  # pictures, each a row with its subjects
+SCORED = {
+    "text": "the lowest peak is 1 - S_cross",
+    "place": "S_cross is the largest share of a map's mean in its peak",
+}
 PADDED = 255  # where a picture has fewer subjects than another
 
 
@@ -34,12 +38,13 @@ def first_maps(
     *,
     steps: int,
     size: int,
+    peaks: str = "text",
 ) -> list[Tensor]:
     """[m, h, w] of each prompt, in [0, 1]: the maps at the first of `steps` steps from the noise
-    `latents` [N, ...], whose peaks S_cross scores. Errors as `scores.judge`."""
+    `latents` [N, ...], whose `peaks` S_cross scores. Errors as `scores.judge`."""
     timestep, scheduler = opening(pipe, steps)
     spread = getattr(scheduler, "init_noise_sigma", 1.0)
-    with judge(pipe, prompts, subjects, size=size) as score:
+    with judge(pipe, prompts, subjects, size=size, peaks=peaks) as score:
         return [
             score(entering(scheduler, one[None] * spread, timestep), timestep, number).maps[0].cpu()
             for number, one in enumerate(latents)
@@ -62,6 +67,7 @@ def write_maps(
     prompts: Sequence[str],
     subjects: Sequence[Sequence[Subject]],
     folder: Path,
+    peaks: str = "text",
 ) -> list[dict[str, Any]]:
     """Sheets "before" and "after" with a row a picture: the picture, and each subject's map over
     it. Returns the views of them for an index.json.
@@ -96,7 +102,7 @@ def write_maps(
             {
                 "name": f"attention to the subjects, sheet {number}",
                 "caption": "at the first step, over the picture that came of it; one scale for "
-                "both, and the lowest peak is 1 - S_cross",
+                f"both, and {SCORED[peaks]}",
                 **files,
             }
         )

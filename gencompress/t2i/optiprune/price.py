@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import gencompress_kernels.token_merge  # noqa: F401  defines the operations that are priced here
 import numpy as np
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from gencompress.core.budget import Budget, budget_text
 from gencompress.measure import macs
@@ -25,24 +23,6 @@ from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.quality import forward_inputs
 
 TRIES = 8  # tokens more than the curve says, where layers of several sizes round
-
-
-@register_flop_formula(torch.ops.gencompress.match_tokens)
-def _matching(
-    x: Sequence[int], noise: Any, height: int, width: int, rows: int, columns: int, removed: int,
-    alpha: float, relative: bool, any_kept: bool, *_: Any, out_shape: Any = None,
-) -> int:  # fmt: skip
-    """Twice the products: each token with the mean and with every base, or with all kept."""
-    batch, tokens, channels = x
-    bases = (height // rows) * (width // columns)
-    pairs = tokens + (tokens - bases) * bases
-    pairs += removed * (tokens - removed) if any_kept else 0
-    return 2 * batch * channels * pairs if removed else 0
-
-
-@register_flop_formula(torch.ops.gencompress.token_rows)
-def _gathering(*_: Any, out_shape: Any = None) -> int:
-    return 0
 
 
 def macs_of(pipe: Any, size: int, prune: PruneConfig | None) -> float:

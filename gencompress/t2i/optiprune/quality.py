@@ -201,10 +201,18 @@ def write_preview(
         named = data.subjects[:count]
         maps = {
             name: first_maps(
-                before, few.prompts, named, latents[:count], steps=few.steps, size=size
+                before,
+                few.prompts,
+                named,
+                latents[:count],
+                steps=few.steps,
+                size=size,
+                peaks=after.config.peaks,
             )
             for name, latents in (("before", both.starts), ("after", both.latents))
         }
-        views += write_maps({"before": old, "after": new}, maps, few.prompts, named, folder)
+        views += write_maps(
+            {"before": old, "after": new}, maps, few.prompts, named, folder, after.config.peaks
+        )
     write_index(views, folder)
     return both.rows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from gencompress_kernels import dispatch
 
@@ -248,3 +250,21 @@ def _backward_sums(ctx: Any, slopes: Tensor) -> tuple[Tensor, None, None, None]:
 
 _rows.register_autograd(_backward_rows, setup_context=_setup_rows)
 _sums.register_autograd(_backward_sums, setup_context=_setup_sums)
+
+
+@register_flop_formula(torch.ops.gencompress.match_tokens)
+def _matching(
+    x: Sequence[int], noise: Any, height: int, width: int, rows: int, columns: int, removed: int,
+    alpha: float, relative: bool, any_kept: bool, *_: Any, out_shape: Any = None,
+) -> int:  # fmt: skip
+    """Twice the products: each token with the mean and with every base, or with all kept."""
+    batch, tokens, channels = x
+    bases = (height // rows) * (width // columns)
+    pairs = tokens + (tokens - bases) * bases
+    pairs += removed * (tokens - removed) if any_kept else 0
+    return 2 * batch * channels * pairs if removed else 0
+
+
+@register_flop_formula(torch.ops.gencompress.token_rows)
+def _gathering(*_: Any, out_shape: Any = None) -> int:
+    return 0
