@@ -293,10 +293,8 @@ def backward(
     """float32. Fills the last three, each unless None, as the reference."""
     by_f, by_z = incoming(slopes, norm_slopes, saliency_slopes, features, norms, saliency)
     count, levels, blocks = len(points), len(scales), triton.cdiv(len(points), BLOCK)
-    grids, side = (
-        layout(scales, offsets, strides, points.device),
-        0 if logits is None else len(logits),
-    )
+    grids = layout(scales, offsets, strides, points.device)
+    side = 0 if logits is None else len(logits)
     if table_slopes is not None:
         unit, sums = unit_of(by_f, count), torch.zeros_like(table_slopes, dtype=torch.int64)
         launch(

@@ -114,32 +114,12 @@ __device__ __forceinline__ void blend_tile(
                 red += w * r[RED], green += w * r[GREEN], blue += w * r[BLUE];
                 depth += w * r[DEPTH];
             }
-            if (STATISTICS) {
+            if constexpr (STATISTICS) {
                 if (w > best) best = w, winner = first + j;
-                float sum = 0, most = 0, hits = 0;
-                if (__any_sync(ALL_LANES, alpha > 0)) {
-                    sum = warp_sum(w), most = warp_max(reached);
-                    hits = __popc(__ballot_sync(ALL_LANES, w > 0));
-                }
-                if (lane() == 0) {
-                    int warp = threadIdx.x / 32;
-                    parts[0][warp][j] = sum, parts[1][warp][j] = most, parts[2][warp][j] = hits;
-                }
+                note_warp(parts, j, w, reached);
             }
         }
-        if (STATISTICS) {
-            __syncthreads();
-            if ((int)threadIdx.x < count) {
-                float sum = 0, most = 0, hits = 0;
-                for (int warp = 0; warp < WARPS; warp++) {
-                    sum += parts[0][warp][threadIdx.x];
-                    most = fmaxf(most, parts[1][warp][threadIdx.x]);
-                    hits += parts[2][warp][threadIdx.x];
-                }
-                float *slot = slots + 4 * (first + threadIdx.x);
-                slot[0] = sum, slot[1] = most, slot[2] = hits;
-            }
-        }
+        if constexpr (STATISTICS) write_slots(parts, slots, first, count);
     }
     // whole numbers: their order does not matter
     if (STATISTICS && winner >= 0) atomicAdd(slots + 4 * winner + 3, 1.0f);

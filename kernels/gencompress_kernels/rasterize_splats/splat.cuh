@@ -56,6 +56,35 @@ __device__ __forceinline__ float blend_one(float alpha, float &left, bool &done,
     return reached;
 }
 
+// What a warp's pixels take of splat j of a batch, for `write_slots`.
+__device__ __forceinline__ void note_warp(
+    float (*parts)[WARPS][BATCH], int j, float w, float reached) {
+    float sum = 0, most = 0, hits = 0;
+    if (__any_sync(ALL_LANES, reached > 0)) {
+        sum = warp_sum(w), most = warp_max(reached);
+        hits = __popc(__ballot_sync(ALL_LANES, w > 0));
+    }
+    if (lane() == 0) {
+        int warp = threadIdx.x / 32;
+        parts[0][warp][j] = sum, parts[1][warp][j] = most, parts[2][warp][j] = hits;
+    }
+}
+
+// Sum, largest and number of weights of each splat of a batch, over the warps of the block.
+__device__ __forceinline__ void write_slots(
+    const float (*parts)[WARPS][BATCH], float *slots, i64 first, int count) {
+    __syncthreads();
+    if ((int)threadIdx.x >= count) return;
+    float sum = 0, most = 0, hits = 0;
+    for (int warp = 0; warp < WARPS; warp++) {
+        sum += parts[0][warp][threadIdx.x];
+        most = fmaxf(most, parts[1][warp][threadIdx.x]);
+        hits += parts[2][warp][threadIdx.x];
+    }
+    float *slot = slots + 4 * (first + threadIdx.x);
+    slot[0] = sum, slot[1] = most, slot[2] = hits;
+}
+
 // First and last + 1 tile of a row of tiles that the ellipse q = LIMIT / 2 enters; see `cpu.py`.
 __device__ __forceinline__ void tiles_in_row(
     const float *r, int row, int tiles_x, int &first, int &last) {
