@@ -3,11 +3,12 @@ pictures with names (the folder of an emoji64.npz and an emoji64_captions.csv).
 
     python tools/train_tiny.py --data PATH --work DIR STAGE...
 
-The stages, in order: vae, clip, latents, sd, flux, and apart from these, with seeds and shapes of
-their own: judge (a CLIP), detector, copies. `assemble` writes scenes/tiny-sd, scenes/tiny-flux and
-scenes/tiny-eval. A stage that was stopped goes on from its checkpoint; a finished one is skipped.
-With `--start scenes/tiny-sd` the first two are taken from there, and `sd` trains that U-Net on;
-with `--start scenes/tiny-flux`, `flux` its transformer.
+The stages, in order: vae, clip, latents, sd, flux, guided (that flux, with sd's guidance distilled
+into it), and apart from these, with seeds and shapes of their own: judge (a CLIP), detector,
+copies. `assemble` writes scenes/tiny-sd, scenes/tiny-flux and scenes/tiny-eval. A stage that was
+stopped goes on from its checkpoint; a finished one is skipped. With `--start scenes/tiny-sd` the
+first two are taken from there, and `sd` trains that U-Net on; with `--start scenes/tiny-flux`,
+`flux` or `guided` its transformer.
 Two cores: about 25 minutes for the VAE, 15 for the CLIP, 2 to 3 hours a generator, 10 an encoder.
 """
 
@@ -37,7 +38,7 @@ from gencompress.t2i.data.compose import (
     scene,
 )
 from gencompress.t2i.data.emoji import COLORS, Sprite, read_sprites
-from gencompress.t2i.distill import Draws, denoise_loss, diffuse, flow, predict
+from gencompress.t2i.distill import Draws, Noised, denoise_loss, diffuse, flow, predict
 from gencompress.t2i.train import Training, fit
 
 TWINS = -1e4  # a logit nothing is learnt from
@@ -45,6 +46,7 @@ VAE = Training(2000, 16, 2e-3, 100, 0.02, (0.9, 0.99), 0.0, ema=0.998, precision
 CLIP = Training(1000, 128, 1e-3, 100, 0.02, (0.9, 0.99), 0.05, ema=0.999, precision="pure-bf16")
 SD = Training(7000, 32, 5e-4, 200, 0.02, (0.9, 0.99), 0.01, ema=0.999, precision="pure-bf16")
 FLUX = Training(7000, 32, 6e-4, 300, 0.02, (0.9, 0.99), 0.01, ema=0.999, precision="pure-bf16")
+GUIDED = Training(5000, 32, 5e-4, 100, 0.02, (0.9, 0.99), 0.01, ema=0.999, precision="pure-bf16")
 DETECTOR = Training(4000, 64, 2e-3, 100, 0.02, (0.9, 0.99), 0.05, ema=0.998, precision="bf16")
 COPIES = Training(600, 96, 2e-3, 100, 0.02, (0.9, 0.99), 0.05, ema=0.998, precision="bf16")
 NUM_LATENTS = 32_000
@@ -56,6 +58,8 @@ SCENES = Path(__file__).parents[1] / "scenes"
 DETECTOR_SIZE = 96  # pixels that pictures of 64 are magnified to
 MIN_SNR = 5.0  # Hang et al. 2023
 EMPTY_PROMPTS = 0.1
+GUIDANCE = (1.0, 5.0)  # of the teacher, uniform; what the student is told
+TEACHES = 0.85  # of the way to noise; from there on to pure noise the data takes over
 
 
 class Scenes:
@@ -213,17 +217,9 @@ def train_sd(work: Path, how: Training, start: Path | None = None) -> None:
     on from the U-Net of the pipeline `start`, if there is one."""
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
-    from transformers import CLIPTextModel
 
-    data, tokenizer = Latents(work, 2), read_tokenizer(work)
-    text = CLIPTextModel.from_pretrained(work / "clip").float().eval()
-    with torch.no_grad():
-        states = torch.cat(
-            [
-                text(input_ids=tokenized(tokenizer, data.captions[i : i + 256])).last_hidden_state
-                for i in range(0, len(data.captions), 256)
-            ]
-        ).to(torch.bfloat16)
+    data = Latents(work, 2)
+    states, _ = encoded(work, data.captions)
     torch.manual_seed(0)
     unet = tiny.unet()
     if start is not None:
@@ -243,44 +239,111 @@ def train_sd(work: Path, how: Training, start: Path | None = None) -> None:
     unet.save_pretrained(work / "sd")
 
 
-def train_flux(work: Path, how: Training, start: Path | None = None) -> None:
-    """Rectified flow; the T5 encoder is trained with the transformer, CLIP's pooled text is not.
-    Goes on from those of the pipeline `start`, if there is one."""
-    from diffusers import FluxTransformer2DModel
-    from transformers import CLIPTextModel, T5EncoderModel
+def encoded(work: Path, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """CLIP's states, bfloat16 [N, tokens, width], and pooled text, float32 [N, width]."""
+    from transformers import CLIPTextModel
 
-    data, tokenizer = Latents(work, 3), read_tokenizer(work)
     text = CLIPTextModel.from_pretrained(work / "clip").float().eval()
-    tokens = tokenized(tokenizer, data.captions)
+    tokens = tokenized(read_tokenizer(work), captions)
+    states, pooled = [], []
     with torch.no_grad():
-        pooled = torch.cat([text(input_ids=part).pooler_output for part in tokens.split(256)])
+        for part in tokens.split(256):
+            found = text(input_ids=part)
+            states.append(found.last_hidden_state.to(torch.bfloat16))
+            pooled.append(found.pooler_output)
+    return torch.cat(states), torch.cat(pooled)
+
+
+def train_flux(work: Path, how: Training, start: Path | None = None, guided: bool = False) -> None:
+    """Rectified flow; the T5 encoder is trained with the transformer, CLIP's pooled text is not.
+
+    Args:
+        start: a pipeline whose transformer and T5 encoder to go on from; with `guided` and
+            without it, those of the stage `flux`.
+        guided: learns from the U-Net of the stage `sd` what it answers under guidance.
+    """
+    from diffusers import FluxTransformer2DModel
+    from transformers import T5EncoderModel
+
+    data, tokenizer = Latents(work, 4 if guided else 3), read_tokenizer(work)
+    tokens = tokenized(tokenizer, data.captions)
+    states, pooled = encoded(work, data.captions)
     torch.manual_seed(1)
     transformer = tiny.flux()
     encoder = T5EncoderModel(tiny.t5_config(tokenizer))
-    if start is not None:
-        found = FluxTransformer2DModel.from_pretrained(start / "transformer")
+    if start is not None or guided:
+        first, second = ("transformer", "text_encoder_2") if start else ("flux", "t5")
+        folder = start or work
+        found = FluxTransformer2DModel.from_pretrained(folder / first)
         transformer.load_state_dict(found.state_dict())
         encoder.load_state_dict(
-            T5EncoderModel.from_pretrained(start / "text_encoder_2").float().state_dict()
+            T5EncoderModel.from_pretrained(folder / second).float().state_dict()
         )
     image_ids, text_ids = tiny.flux_ids()
     scheduler = tiny.flow_scheduler()
+    answers = teacher(work, states) if guided else None
 
     def step(number: int, batch: dict[str, Tensor], chance: Draws) -> dict[str, Tensor]:
         which = batch["caption"]
-        noised = flow(tiny.packed(batch["latents"]), scheduler, chance)
+        noised = flow(batch["latents"], scheduler, chance)
+        guidance = torch.full((len(which),), tiny.GUIDANCE)
+        if answers is not None:
+            guidance = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * chance.uniform()
+            noised = answers(noised, which, guidance)
+        noised = replace(
+            noised, latents=tiny.packed(noised.latents), target=tiny.packed(noised.target)
+        )
         conditions = {
             "encoder_hidden_states": encoder(input_ids=tokens[which]).last_hidden_state,
             "pooled_projections": pooled[which],
-            "guidance": torch.full((len(which),), tiny.GUIDANCE),
+            "guidance": guidance,
             "img_ids": image_ids,
             "txt_ids": text_ids,
         }
         return {"loss": denoise_loss(predict(transformer, noised, conditions), noised)}
 
-    run(work, {"flux": transformer, "t5": encoder}, step, data, how)
-    transformer.save_pretrained(work / "flux")
-    encoder.save_pretrained(work / "t5")
+    name = "guided" if guided else "flux"
+    text = "guided_t5" if guided else "t5"
+    run(work, {name: transformer, text: encoder}, step, data, how)
+    transformer.save_pretrained(work / name)
+    encoder.save_pretrained(work / text)
+
+
+def teacher(work: Path, states: Tensor) -> Callable[[Noised, Tensor, Tensor], Noised]:
+    """Velocities that a diffusion U-Net answers under guidance, as targets of a flow (Meng et al.
+    2023, "On distillation of guided diffusion models", section 3.1, across the two schedules).
+
+    A latent (1 - s) x + s n, divided by r = sqrt((1 - s)^2 + s^2), is one that diffusion knows at
+    the time where sqrt(alpha) = (1 - s) / r. With its noise e, x is (latent - s e) / (1 - s), so
+    n - x becomes (e - latent) / (1 - s). The error of e grows by the same 1 / (1 - s): from
+    s = TEACHES on, the data's own n - x takes the place of the answer, by a share that rises to 1.
+    """
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet = UNet2DConditionModel.from_pretrained(work / "sd").to(torch.bfloat16).eval()
+    unet.set_attn_processor(AttnProcessor())
+    kept = tiny.sd_scheduler().alphas_cumprod
+
+    @torch.no_grad()
+    def answers(noised: Noised, which: Tensor, guidance: Tensor) -> Noised:
+        wide = (len(which), 1, 1, 1)
+        s = noised.timesteps / 1000
+        clean, spread = 1 - s, s
+        share = clean.square() / (clean.square() + spread.square())
+        # falling in time; the nearest one
+        times = (kept.flip(0).contiguous(), share.contiguous())
+        near = (len(kept) - 1 - torch.searchsorted(*times)).clamp(0, len(kept) - 1)
+        known = noised.latents / (clean.square() + spread.square()).sqrt().view(wide)
+        both = replace(noised, latents=torch.cat([known, known]), timesteps=torch.cat([near, near]))
+        texts = torch.cat([states[:1].expand(len(which), -1, -1), states[which]])
+        without, told = predict(unet, both, {"encoder_hidden_states": texts}).chunk(2)
+        noise = without + guidance.view(wide) * (told - without)
+        weight = (clean / (1 - TEACHES)).clamp(max=1).square().view(wide)
+        answer = (noise - noised.latents) / clean.clamp(min=1e-3).view(wide)
+        return replace(noised, target=torch.lerp(noised.target, answer, weight))
+
+    return answers
 
 
 def labels() -> list[str]:
@@ -501,12 +564,13 @@ def assemble(sprites: list[Sprite], work: Path, scenes: Path) -> None:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    if (work / "flux").is_dir():
+    flux, t5 = ("guided", "guided_t5") if (work / "guided").is_dir() else ("flux", "t5")
+    if (work / flux).is_dir():
         made["tiny-flux"] = FluxPipeline(
             **shared,
-            text_encoder_2=T5EncoderModel.from_pretrained(work / "t5"),
+            text_encoder_2=T5EncoderModel.from_pretrained(work / t5),
             tokenizer_2=tokenizer,
-            transformer=FluxTransformer2DModel.from_pretrained(work / "flux"),
+            transformer=FluxTransformer2DModel.from_pretrained(work / flux),
             scheduler=tiny.flow_scheduler(),
         )
     chance, words = np.random.default_rng(9), library(sprites)
@@ -566,6 +630,7 @@ STAGES: dict[str, tuple[str, Training | None]] = {
     "latents": ("latents.safetensors", None),
     "sd": ("sd", SD),
     "flux": ("flux", FLUX),
+    "guided": ("guided", GUIDED),
     "judge": ("judge", CLIP),
     "detector": ("detector", DETECTOR),
     "copies": ("copies", COPIES),
@@ -613,8 +678,8 @@ def main() -> None:
             cache_latents(sprites, given.work, given.steps or NUM_LATENTS)
         elif stage == "sd":
             train_sd(given.work, how, given.start)
-        elif stage == "flux":
-            train_flux(given.work, how, given.start)
+        elif stage in ("flux", "guided"):
+            train_flux(given.work, how, given.start, stage == "guided")
         elif stage == "detector":
             train_detector(sprites, given.work, how)
         else:
