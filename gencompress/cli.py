@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 import gencompress
-from gencompress.artifact import Artifact, model_path, read_artifact
+from gencompress.artifact import model_path, read_artifact
+from gencompress.console import (
+    PLAIN,
+    err_console,
+    number,
+    out_console,
+    print_values,
+    running,
+    show,
+    verdict,
+)
 from gencompress.core.budget import parse_budget
 from gencompress.files import FormatError, writing
-from gencompress.measure import Measurement
 from gencompress.recipe import (
     Recipe,
     RecipeError,
@@ -31,18 +34,12 @@ from gencompress.recipe import (
     shipped_recipes,
     to_dict,
 )
-from gencompress.report import text
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="Makes generative models smaller and faster, and proves what that cost.",
 )
-out_console = Console()
-err_console = Console(stderr=True)
-LINE_SECONDS = 20.0  # between lines about the same stage, where there is no terminal
-# a path is no markup, and stays in one line
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -100,11 +97,11 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     folders = []
     for name, recipe in recipes.items():
-        with _progress(name, quiet) as say:
+        with running(name, quiet) as say:
             folders.append(run(recipe, out / name, overwrite=overwrite, progress=say).folder)
     page = write_report(folders, out, title="gencompress demo", overwrite=overwrite)
     for folder in folders:
-        _show(read_artifact(folder))
+        show(read_artifact(folder))
     out_console.print(f"report: {page}", **PLAIN)
 
 
@@ -178,7 +175,7 @@ def list_(as_json: Json = False) -> None:
         "recipes": {n: read_recipe(p).target for n, p in shipped_recipes().items()},
         "scenes": scenes.names(),
     }
-    _print_values(found, as_json)
+    print_values(found, as_json)
 
 
 @app.command()
@@ -186,7 +183,7 @@ def info(path: str, as_json: Json = False) -> None:
     """What a model file, scene or artifact holds."""
     from gencompress.run import inspect
 
-    _print_values(inspect(path), as_json)
+    print_values(inspect(path), as_json)
 
 
 @app.command()
@@ -225,7 +222,7 @@ def sample(
         raise RecipeError(f"--{useless[0]} is for pictures of prompts: give --prompt")
     if out.is_dir() and any(path.suffix != ".png" for path in out.iterdir()):
         raise FileExistsError(f"{out}: exists and holds more than pictures; not replacing it")
-    with _progress("sample", quiet) as progress, writing(out, overwrite=overwrite) as part:
+    with running("sample", quiet) as progress, writing(out, overwrite=overwrite) as part:
         part.mkdir()
         how |= {"steps": 25 if steps is None else steps, "strict": strict, "progress": progress}
         paths = run.sample(path, part, prompt or [], seed or 0, **how)
@@ -243,13 +240,13 @@ def measure(
     stored = {row.name: row for row in artifact.measurements}
     rows = measure_again(artifact)
     if as_json:
-        _print_values({"measurements": [dataclasses.asdict(row) for row in rows]}, True)
+        print_values({"measurements": [dataclasses.asdict(row) for row in rows]}, True)
         return
     table = Table("", "stored", "now", "")
     for row in rows:
         old = stored[row.name].after if row.name in stored else None
-        table.add_row(row.name, _number(old, row.unit), _number(row.after, row.unit),
-                      _verdict(old, row))  # fmt: skip
+        table.add_row(row.name, number(old, row.unit), number(row.after, row.unit),
+                      verdict(old, row))  # fmt: skip
     out_console.print(table)
 
 
@@ -281,7 +278,7 @@ def backends(as_json: Json = False) -> None:
         for op in dispatch.OPS
     }
     if as_json:
-        _print_values(found, True)
+        print_values(found, True)
         return
     table = Table("op", *dispatch.BACKENDS)
     for op, row in found.items():
@@ -356,11 +353,11 @@ def _deliver(
     if dry_run:
         if plan.config.get("min_psnr"):
             raise RecipeError("--dry-run: what min_psnr leaves is found by trying only")
-        _print_values(predict(plan, strict=strict), as_json)
+        print_values(predict(plan, strict=strict), as_json)
         return
     if out is None:
         raise RecipeError("--out is missing: a folder for the artifact, or a model file")
-    with _progress(plan.method, quiet) as say:
+    with running(plan.method, quiet) as say:
         if to_file:
             artifact = run_to_file(plan, out, strict=strict, overwrite=overwrite, progress=say)
             path = out
@@ -369,9 +366,9 @@ def _deliver(
             path = model_path(artifact)
     rows = [dataclasses.asdict(row) for row in artifact.measurements]
     if as_json:
-        _print_values({"model": str(path), "measurements": rows}, True)
+        print_values({"model": str(path), "measurements": rows}, True)
     else:
-        _show(artifact)
+        show(artifact)
         out_console.print(f"model: {path}", **PLAIN)
 
 
@@ -385,59 +382,3 @@ def _setting(text: str) -> str:
 def _suffix(out: Path) -> str:
     name = out.name.lower()
     return ".compressed.ply" if name.endswith(".compressed.ply") else out.suffix
-
-
-@contextlib.contextmanager
-def _progress(name: str, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """One changing line on a terminal; else a line for each new stage, and now and then."""
-    began = time.monotonic()
-    if quiet:
-        yield lambda text: None
-    elif err_console.is_terminal:
-        with err_console.status(name) as status:
-            yield lambda text: status.update(f"{name} {time.monotonic() - began:4.0f} s  {text}")
-    else:
-        last, shown = "", began
-
-        def say(text: str) -> None:
-            nonlocal last, shown
-            stage, now = text.partition(":")[0], time.monotonic()
-            if stage != last or now - shown > LINE_SECONDS:
-                last, shown = stage, now
-                print(f"{name} {now - began:4.0f} s  {text}", file=sys.stderr, flush=True)
-
-        yield say
-
-
-def _show(artifact: Artifact) -> None:
-    table = Table(
-        "", "before", "after", title=escape(artifact.manifest["title"]), title_justify="left"
-    )
-    for row in artifact.measurements:
-        table.add_row(row.name, _number(row.before, row.unit), _number(row.after, row.unit))
-    out_console.print(table)
-
-
-def _print_values(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(values, indent=2, default=str))
-        return
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k}: {v}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        out_console.print(f"{name}: {value}", **PLAIN)
-
-
-def _number(value: float | None, unit: str) -> str:
-    return "" if value is None else text.value(value, unit).replace("\N{NO-BREAK SPACE}", " ")
-
-
-def _verdict(old: float | None, row: Measurement) -> str:
-    """Times differ from run to run; anything else should not."""
-    if old is None or row.after is None:
-        return ""
-    if row.unit == "s":
-        return f"{row.after / old:.2f}x"
-    return "same" if abs(row.after - old) <= 1e-9 * max(1.0, abs(old)) else "DIFFERS"

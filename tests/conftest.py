@@ -38,13 +38,13 @@ def poisoned_memory():
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs the command line in this process; returns (exit code, stdout, stderr)."""
-    from gencompress import cli
+    from gencompress import cli, console
 
     def run(*arguments):
         # the consoles are made at import; let them write where capsys looks (`file` reads as what
         # capsys has put there, so restoring that would leave them with a closed file)
-        monkeypatch.setattr(cli.out_console, "_file", None)
-        monkeypatch.setattr(cli.err_console, "_file", None)
+        monkeypatch.setattr(console.out_console, "_file", None)
+        monkeypatch.setattr(console.err_console, "_file", None)
         monkeypatch.setattr(sys, "argv", ["gencompress", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             cli.main()

@@ -1,0 +1,80 @@
+"""What a command prints: results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gencompress.artifact import Artifact
+from gencompress.measure import Measurement
+from gencompress.report import text
+
+out_console = Console()
+err_console = Console(stderr=True)
+LINE_SECONDS = 20.0  # between lines about the same stage, where there is no terminal
+# a path is no markup, and stays in one line
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+@contextlib.contextmanager
+def running(name: str, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """One changing line on a terminal; else a line for each new stage, and now and then."""
+    began = time.monotonic()
+    if quiet:
+        yield lambda text: None
+    elif err_console.is_terminal:
+        with err_console.status(name) as status:
+            yield lambda text: status.update(f"{name} {time.monotonic() - began:4.0f} s  {text}")
+    else:
+        last, shown = "", began
+
+        def say(text: str) -> None:
+            nonlocal last, shown
+            stage, now = text.partition(":")[0], time.monotonic()
+            if stage != last or now - shown > LINE_SECONDS:
+                last, shown = stage, now
+                print(f"{name} {now - began:4.0f} s  {text}", file=sys.stderr, flush=True)
+
+        yield say
+
+
+def show(artifact: Artifact) -> None:
+    table = Table(
+        "", "before", "after", title=escape(artifact.manifest["title"]), title_justify="left"
+    )
+    for row in artifact.measurements:
+        table.add_row(row.name, number(row.before, row.unit), number(row.after, row.unit))
+    out_console.print(table)
+
+
+def print_values(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, indent=2, default=str))
+        return
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}: {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        out_console.print(f"{name}: {value}", **PLAIN)
+
+
+def number(value: float | None, unit: str) -> str:
+    return "" if value is None else text.value(value, unit).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def verdict(old: float | None, row: Measurement) -> str:
+    """Times differ from run to run; anything else should not."""
+    if old is None or row.after is None:
+        return ""
+    if row.unit == "s":
+        return f"{row.after / old:.2f}x"
+    return "same" if abs(row.after - old) <= 1e-9 * max(1.0, abs(old)) else "DIFFERS"
