@@ -22,7 +22,7 @@ from gencompress.t2i.inputs import read_inputs
 from gencompress.t2i.pipeline import encode_prompts, load_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("vae", "clip", "latents", "sd", "flux", "judge", "detector", "copies")
+STAGES = ("vae", "clip", "latents", "sd", "flux", "guided", "judge", "detector", "copies")
 TEXTS = ["a red car", "an owl and a blue cat on a white background", ""]
 
 
@@ -158,8 +158,8 @@ def test_plain_diffusers_reads_the_pipelines(tool, made):
     assert type(flux).__name__ == "FluxPipeline" and sd.safety_checker is None
     pairs = [
         (sd.unet, UNet2DConditionModel.from_pretrained(work / "sd")),
-        (flux.transformer, FluxTransformer2DModel.from_pretrained(work / "flux")),
-        (flux.text_encoder_2, T5EncoderModel.from_pretrained(work / "t5")),
+        (flux.transformer, FluxTransformer2DModel.from_pretrained(work / "guided")),
+        (flux.text_encoder_2, T5EncoderModel.from_pretrained(work / "guided_t5")),
     ]
     for one, trained in pairs:
         for name, value in halves(trained).items():
@@ -179,7 +179,7 @@ def test_the_text_is_what_the_generators_were_trained_with(tool, made):
     tokens = tool.tokenized(tool.read_tokenizer(work), TEXTS)
     assert tokens.shape == (3, tiny.TOKENS)
     clip = CLIPModel.from_pretrained(work / "clip").text_model.eval()
-    t5 = T5EncoderModel.from_pretrained(work / "t5").eval()
+    t5 = T5EncoderModel.from_pretrained(work / "guided_t5").eval()
     with torch.no_grad():
         out = clip(input_ids=tokens)
         wide = t5(input_ids=tokens).last_hidden_state
@@ -304,3 +304,54 @@ def test_an_eighth_or_so_of_the_prompts_is_empty(tool, made):
     for row, which in zip(found["latents"], found["caption"].tolist(), strict=True):
         (place,) = (i for i, one in enumerate(latents.latents.float()) if torch.equal(one, row))
         assert which == 0 or latents.captions[which] == captions[place]
+
+
+def asked(tool, made, monkeypatch, noise, guidance, at):
+    """What the teacher of `guided` makes of flows at time `at`, if its U-Net answers `noise(x, t)`
+    of latents and timesteps; the flow, and the answer."""
+    work, _ = made
+    data = tool.Latents(work, 2)
+    states, _ = tool.encoded(work, data.captions)
+    monkeypatch.setattr(
+        tool, "predict", lambda unet, met, told: noise(met.latents, met.timesteps, told)
+    )
+    clean = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    spot = torch.logit(torch.tensor(at)).item()
+    met = tool.flow(clean, tiny.flow_scheduler(), draws(range(5)), mean=spot, std=0.0)
+    which = torch.arange(5) % len(data.captions)
+    found = tool.teacher(work, states)(met, which, torch.full((5,), guidance))
+    return met, clean, found
+
+
+@pytest.mark.parametrize("at", [0.2, 0.5, 0.8])
+def test_a_teacher_that_knows_the_noise_gives_the_flow(tool, made, monkeypatch, at):
+    """Noise that is right for what diffusion is shown must give noise - latents of the flow."""
+    kept = tiny.sd_scheduler().alphas_cumprod
+    clean = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(1)).repeat(2, 1, 1, 1)
+
+    def noise(x, timesteps, told):
+        share = kept[timesteps].view(-1, 1, 1, 1)
+        return (x - share.sqrt() * clean) / (1 - share).sqrt()
+
+    met, clean_, found = asked(tool, made, monkeypatch, noise, 3.0, at)
+    # timesteps are whole numbers, so the noise level is off by a thousandth or so
+    assert (found.target - met.target).abs().max() < 0.05 * met.target.abs().max()
+    assert torch.equal(found.latents, met.latents)
+
+
+def test_guidance_of_the_teacher_and_where_the_data_takes_over(tool, made, monkeypatch):
+    def noise(x, timesteps, told):
+        assert torch.equal(told["encoder_hidden_states"][0], told["encoder_hidden_states"][4])
+        return torch.cat([torch.zeros(5, 4, 16, 16), torch.ones(5, 4, 16, 16)])
+
+    one, _, plain = asked(tool, made, monkeypatch, noise, 1.0, 0.5)
+    _, _, strong = asked(tool, made, monkeypatch, noise, 4.0, 0.5)
+    # (e - latents) / (1 - s), e = guidance
+    assert torch.allclose(plain.target, (1 - one.latents) / 0.5, atol=1e-4)
+    assert torch.allclose(strong.target - plain.target, torch.tensor(6.0), atol=1e-4)
+    late, _, mixed = asked(tool, made, monkeypatch, noise, 1.0, 0.9)
+    share = (0.1 / (1 - tool.TEACHES)) ** 2
+    expected = (1 - share) * late.target + share * (1 - late.latents) / 0.1
+    assert torch.allclose(mixed.target, expected, atol=1e-3)
+    end, _, data = asked(tool, made, monkeypatch, noise, 1.0, 0.9999)
+    assert (data.target - end.target).abs().max() < 0.02
