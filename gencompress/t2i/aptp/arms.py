@@ -23,6 +23,7 @@ from gencompress.t2i.aptp.routed import Routed, encoder_of, pipeline_of
 from gencompress.t2i.aptp.router import Router, route
 from gencompress.t2i.aptp.settings import SCORED, Config
 from gencompress.t2i.calibrate import Calibration, batches
+from gencompress.t2i.data.cache import digest
 from gencompress.t2i.distill import Weights
 from gencompress.t2i.pipeline import denoiser, with_denoiser
 from gencompress.t2i.quality import error_db
@@ -61,26 +62,32 @@ def make(
     generator: torch.Generator,
     workdir: Path | None,
     progress: Progress = quiet,
+    router: Router | None = None,
 ) -> Made:
     """Runs an arm: "ours" or one of ARMS. All distil for `config.finetune` times `config.experts`
-    steps in all, and use `share` of the MACs on average over the training prompts."""
+    steps in all, and use `share` of the MACs on average over the training prompts.
+
+    `router`: one that was learnt before, for "ours"; then nothing is learnt, whatever share it was
+    learnt for."""
     if arm in SCORED:
         return _scored(pipe, seen, table, share, config, arm, generator, progress)
     num_codes = 1 if arm == "single" else config.experts
-    objective = replace(Objective(), transport=arm != "nearest")
-    encoder = encoder_of(pipe, config.encoder)
-    embeddings = encode(encoder, seen.prompts, ENCODED)
-    inner = None if workdir is None else workdir / "learn"
-    predictor, codes, log = learn(
-        pipe, seen, embeddings, table, share, num_codes, config.learning, objective, inner,
-        generator, run=f"aptp {config}", progress=progress,
-    )  # fmt: skip
-    router = Router(encoder, table.layout, predictor.cpu(), codes.cpu())
+    log: Log = []
+    if router is None or arm != "ours":
+        objective = replace(Objective(), transport=arm != "nearest")
+        encoder = encoder_of(pipe, config.encoder)
+        embeddings = encode(encoder, seen.prompts, ENCODED)
+        inner = None if workdir is None else workdir / "learn"
+        predictor, codes, log = learn(
+            pipe, seen, embeddings, table, share, num_codes, config.learning, objective, inner,
+            generator, run=f"aptp {config}", progress=progress,
+        )  # fmt: skip
+        router = Router(encoder, table.layout, predictor.cpu(), codes.cpu())
     ids = route(router, seen.prompts, ENCODED)
     loads = torch.bincount(ids, minlength=num_codes)
     model, _ = denoiser(pipe)
     masks, shift = choose(
-        codes.logits, loads, model, table, share, router.relaxation, config.multiple
+        router.codes.logits, loads, model, table, share, router.relaxation, config.multiple
     )
     steps = config.finetune * config.experts // num_codes
     found = []
@@ -96,7 +103,8 @@ def make(
             )
         found.append(student)
     main = int(loads.argmax())
-    made = Routed(with_denoiser(pipe, found[main]), router, tuple(found), main)
+    whole = with_denoiser(pipe, found[main])
+    made = Routed(whole, router, tuple(found), main, tuple(masks), model)
     return Made(made, masks, loads, costs(masks, table) / table.total, shift, log)
 
 
@@ -163,7 +171,8 @@ def _distilled(
 ) -> Log:
     weights = Weights(config.denoise, config.output, config.blocks)
     how = replace(config.tuning, steps=steps, warmup=steps // 10)
-    run = f"aptp {config}, expert {number}"
+    cut = digest([], student.state_dict().items())[:16]  # another router cuts another expert
+    run = f"aptp {config}, expert {number}, cut {cut}"
     log = teach(pipe, student, seen, how, weights, folder, generator, run, progress)
     return [{**row, "series": f"expert {number}"} for row in log]
 

@@ -162,7 +162,8 @@ def learn(
 
     samples = [{"index": torch.tensor(i)} for i in range(len(seen.latents))]
     plain = Training(**{**vars(how), "precision": "no"})
-    run = f"{run}, {objective}, {relaxation}, {how.precision}, latents {seen.digest[:16]}"
+    run = f"{run}, {share:.9g} of the MACs, {objective}, {relaxation}, {how.precision}, "
+    run += f"latents {seen.digest[:16]}"
     if workdir is not None:
         workdir.mkdir(exist_ok=True)
     models: dict[str, nn.Module] = {"predictor": predictor, "codes": codes}

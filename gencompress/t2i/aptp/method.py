@@ -25,16 +25,19 @@ from gencompress.t2i.aptp.architecture import relaxed
 from gencompress.t2i.aptp.arms import Made, make, routed_error
 from gencompress.t2i.aptp.cost import MacsTable, macs_table
 from gencompress.t2i.aptp.experts import unit_mask
-from gencompress.t2i.aptp.quality import expert_rows, routed_rows
+from gencompress.t2i.aptp.maps import write_index, write_maps, write_views
+from gencompress.t2i.aptp.paraphrase import stability_rows
+from gencompress.t2i.aptp.quality import expert_rows, routed_rows, storage_row
 from gencompress.t2i.aptp.routed import Routed, how, images, load_routed, save_routed
+from gencompress.t2i.aptp.router import Router
 from gencompress.t2i.aptp.settings import Config
+from gencompress.t2i.aptp.start import KNOWN, Given, given
 from gencompress.t2i.calibrate import calibrated
 from gencompress.t2i.distill import again
-from gencompress.t2i.evaluate import make_images
 from gencompress.t2i.formats import stored_type
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.loading import pipeline_and_inputs
-from gencompress.t2i.pictures import shown, write_images, write_index, write_pair
+from gencompress.t2i.pictures import write_images
 from gencompress.t2i.pipeline import denoiser, hushed, with_denoiser
 from gencompress.t2i.quality import error_db, forward_inputs, point
 from gencompress.t2i.train import Progress, quiet
@@ -42,18 +45,23 @@ from gencompress.t2i.train import Progress, quiet
 
 def load(
     target: str, data: dict[str, str], device: str, dtype: str, config: Config, strict: bool = False
-) -> tuple[Any, Inputs]:
-    """See `loading.pipeline_and_inputs`; also ValueError for fewer different prompts than experts,
-    and for a denoiser without a table of gates."""
+) -> tuple[Any, Given]:
+    """See `loading.pipeline_and_inputs`. Of `data` also `router` (an artifact of APTP, or the
+    folder of its router: nothing is learnt then) and `paraphrases` (a .csv, aptp/paraphrase.py).
+
+    Also ValueError for fewer different prompts than experts, for a denoiser without a table of
+    gates, and for a router of another one.
+    """
+    plain = {name: place for name, place in data.items() if name not in KNOWN}
     pipe, inputs = pipeline_and_inputs(
-        target, data, device, dtype,
+        target, plain, device, dtype,
         size=config.size, images=config.images, steps=config.steps, guidance=config.guidance,
     )  # fmt: skip
     different = len(set(inputs.prompts))
     if different < config.experts:
         raise ValueError(f"{config.experts} experts for {different} different prompts")
     gates.layout(denoiser(pipe)[0])
-    return pipe, inputs
+    return pipe, given(pipe, inputs, data, config)
 
 
 def score(
@@ -64,7 +72,10 @@ def score(
     table = _table(model, data)
     seen = calibrated(model, data, config.latents, None)
     share = max(0.5, table.least / table.total)
-    made = make(model, seen, table, share, replace(config, finetune=0), "ours", generator, None)
+    made = make(
+        model, seen, table, share, replace(config, finetune=0), "ours", generator, None,
+        router=_router(data),
+    )  # fmt: skip
     return gates.units(denoiser(model)[0], table.layout), _scores(made, table)
 
 
@@ -105,11 +116,14 @@ def compress(
     workdir: Path,
     progress: Progress = quiet,
 ) -> Compressed:
-    """Learns codes and router, cuts an expert for each code and distils it on its prompts."""
+    """Learns codes and router, unless a router is given, cuts an expert for each code and distils
+    it on its prompts."""
     table = _table(model, data)
     share = _share(table, budget)
     seen = calibrated(model, data, config.latents, workdir, progress)
-    made = make(model, seen, table, share, config, "ours", generator, workdir, progress)
+    made = make(
+        model, seen, table, share, config, "ours", generator, workdir, progress, _router(data)
+    )
     masks = {f"expert-{k}": mask for k, mask in enumerate(made.masks)}
     log: list[dict[str, Any]] = [
         {
@@ -160,15 +174,25 @@ def predict(model: Any, data: Inputs, budget: Budget, config: Config) -> dict[st
 
 
 def measure(before: Any, after: Routed, data: Inputs) -> list[Measurement]:
-    """Cost of the experts as the held-out prompts use them, and the pictures of these."""
-    return routed_rows(before, _beside(before, after), data)
+    """Cost of the experts as the held-out prompts use them, and the pictures of these; whether a
+    prompt said otherwise keeps its expert; and what storing differences would take."""
+    groups = data.groups if isinstance(data, Given) else ()
+    return [
+        *routed_rows(before, _beside(before, after), data),
+        *stability_rows(after.router, groups),
+        storage_row(before, after),
+    ]
 
 
 def save(result: Compressed, folder: Path, config: Config, data: Inputs) -> Path:
     """A folder of diffusers with the most used expert in it, the other experts and the router
-    beside (aptp/routed.py). Weights have the type that those of the input have in their files."""
+    beside (aptp/routed.py), stored as `config.store` says. Weights have the type that those of the
+    input have in their files."""
     stored = next(row["stored"] for row in result.log if row["kind"] == "share")
-    save_routed(result.model, config.encoder, folder, getattr(torch, stored))
+    save_routed(
+        result.model, config.encoder, folder, getattr(torch, stored),
+        smaller=config.store == "smaller",
+    )  # fmt: skip
     return folder
 
 
@@ -178,10 +202,13 @@ def restore(folder: Path) -> Routed:
 
 
 def preview(before: Any, after: Routed, result: Compressed, data: Inputs, folder: Path) -> None:
-    """Pictures of held-out prompts, of the dense pipeline and of the experts, from equal seeds."""
-    few, after = shown(data.wanted), _beside(before, after)
-    pair = make_images(before, few), images(after, few.prompts, few.seeds, **how(few))
-    write_index(write_pair(*pair, few, folder), folder)
+    """For each expert held-out prompts that it gets, drawn by it and by the dense pipeline from
+    equal seeds; then where prompts go, and what experts are made of (aptp/maps.py)."""
+    experts = [row for row in result.log if row["kind"] == "expert"]
+    views = write_views(before, _beside(before, after), experts, data.wanted, folder)
+    prompts = list(dict.fromkeys(data.prompts))
+    pictures = write_maps(after, experts, prompts, data.wanted.prompts, folder)
+    write_index(views, pictures, folder)
 
 
 def sample(model: Routed, data: Inputs, folder: Path) -> list[Path]:
@@ -230,6 +257,10 @@ def _scores(made: Made, table: MacsTable) -> Scores:
     names = [*(one.name for one in table.layout.slices), *table.layout.depth]
     parts = mean.cpu().split([*table.layout.lengths, *[1] * len(table.layout.depth)])
     return dict(zip(names, parts, strict=True))
+
+
+def _router(data: Inputs) -> Router | None:
+    return data.router if isinstance(data, Given) else None
 
 
 def _beside(before: Any, after: Routed) -> Routed:

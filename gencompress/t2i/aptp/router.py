@@ -29,6 +29,7 @@ from gencompress.t2i.formats import read_json, write_json
 
 WEIGHTS, ABOUT = "router.safetensors", "router.json"
 PROBE = "a photo of a red cat on a table"
+LARGEST = 1e30  # of a setting: below what float32 holds
 ALIKE = 0.05  # of the norm: far more than bfloat16 rounds, far less than encoders differ
 
 
@@ -71,9 +72,9 @@ def route(router: Router, prompts: Sequence[str], batch: int = 1) -> Tensor:
 def similarities(router: Router, prompts: Sequence[str], batch: int = 1) -> Tensor:
     """float32 [N, K] on the CPU: how near each expert is, as `route` compares them."""
     embeddings = encode(router.encoder, prompts, batch)
-    codes = _compared(router, router.codes.logits)
+    codes = compared(router, router.codes.logits)
     found = [
-        similarity(_compared(router, router.predictor(part.to(codes.device))), codes)
+        similarity(compared(router, router.predictor(part.to(codes.device))), codes)
         for part in torch.split(embeddings, batch)
     ]
     return torch.cat(found).cpu()
@@ -146,7 +147,8 @@ def load_router(folder: str | Path, encoder: PromptEncoder) -> Router:
     return Router(encoder, layout, predictor, codes, relaxation, mixed)
 
 
-def _compared(router: Router, logits: Tensor) -> Tensor:
+def compared(router: Router, logits: Tensor) -> Tensor:
+    """Comparison vectors [..., E] of logits [..., D], without noise."""
     gates = relaxed(logits, router.layout, None, router.relaxation)
     return comparison(gates, router.layout, mixed=router.mixed)
 
@@ -163,7 +165,7 @@ def _about(path: Path, about: dict[str, Any]) -> tuple[Layout, Relaxation, bool]
             raise ValueError(f"relaxation is {how}")
         if not all(type(how[name]) in (int, float) for name in ("temperature", "offset")):
             raise ValueError(f"relaxation is {how}")
-        if not 0 < how["temperature"] < float("inf") or not abs(how["offset"]) < float("inf"):
+        if not 0 < how["temperature"] < LARGEST or not abs(how["offset"]) < LARGEST:
             raise ValueError(f"relaxation is {how}")
         return layout_from_json(about["layout"]), Relaxation(**how), mixed
     except ValueError as problem:

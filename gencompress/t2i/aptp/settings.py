@@ -9,6 +9,7 @@ from gencompress.t2i.train import PRECISIONS, Training
 LEARNT = ("single", "nearest")  # one code; codes without balanced assignment
 SCORED = ("magnitude", "random", "taylor", "flap")  # one network by a score of t2i/score.py
 ARMS = (*LEARNT, *SCORED)
+STORES = ("whole", "smaller")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Config:
     output: float = 0.5  # of the dense model's answer,
     blocks: float = 0.5  # of its blocks, each relative to its size
     multiple: int = 1  # channels that stay in a layer are a multiple of it
+    # experts in files: whole, which plain diffusers reads; smaller: the dense model once, and how
+    # they differ from it, where that takes fewer bytes (not after a long fine-tuning)
+    store: str = "whole"
     images: int = 64  # pictures that measure
     steps: int = 20  # of sampling
     guidance: float | None = None  # None: the pipeline's own
@@ -45,6 +49,8 @@ class Config:
                 raise ValueError(f"{name} {getattr(self, name)}: {bound} or more")
         if self.precision not in PRECISIONS[:2]:
             raise ValueError(f"precision {self.precision!r}: known are {', '.join(PRECISIONS[:2])}")
+        if self.store not in STORES:
+            raise ValueError(f"store {self.store!r}: known are {', '.join(STORES)}")
         if unknown := sorted(set(self.compare) - set(ARMS)):
             raise ValueError(f"compare {', '.join(unknown)}: known are {', '.join(ARMS)}")
         _ = self.learning, self.tuning  # refuse what they cannot take

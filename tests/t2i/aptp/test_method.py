@@ -1,6 +1,7 @@
 """`compress aptp` as a package: learning, budgets kept, experts as pipelines, and refusals."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -64,11 +65,11 @@ def ground(loaded):
     return pipe, seen, encode(own_encoder(pipe), seen.prompts), table
 
 
-def learnt(ground, steps, *, codes=2, objective=PAPERS, workdir=None, seed=0, rate=0.05):
+def learnt(ground, steps, *, codes=2, objective=PAPERS, workdir=None, seed=0, rate=0.05, share=0.7):
     pipe, seen, embeddings, table = ground
     how = Training(steps, 4, rate, last_rate=1.0, decay=0.0, log_every=1)
     chance = torch.Generator().manual_seed(seed)
-    return learn(pipe, seen, embeddings, table, 0.7, codes, how, objective, workdir, chance)
+    return learn(pipe, seen, embeddings, table, share, codes, how, objective, workdir, chance)
 
 
 def start(ground, codes=2, seed=0):
@@ -151,6 +152,8 @@ def test_a_stopped_run_ends_in_the_same_codes(ground, tmp_path, monkeypatch):
     assert torch.equal(learnt(ground, 4, workdir=tmp_path)[1].logits, whole)
     with pytest.raises(ValueError, match="checkpoint"):
         learnt(ground, 4, codes=3, workdir=tmp_path)
+    with pytest.raises(ValueError, match="checkpoint of another run.*0.6 of the MACs"):
+        learnt(ground, 4, workdir=tmp_path, share=0.6)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
@@ -270,13 +273,27 @@ def test_rows_count_what_prompts_use(loaded, compressed):
     every = sum(p.numel() for one in compressed.model.experts for p in one.parameters())
     assert rows["parameters of all experts"].after == every
     assert rows["same-seed PSNR"].repeats == QUICK.images
+    saving = rows["saving of time over saving of MACs, forwards of 8"]
+    assert saving.before is None and saving.spread >= 0
+    assert rows["time of a forward of 8, mean over prompts"].before > 0
+    stable = rows["prompts that no paraphrase moves to another expert"]
+    assert 0 <= stable.after <= 100 and stable.repeats == len(set(data.wanted.prompts))
+    sizes = rows["size of the other experts, whole against dense model and differences"]
+    (other,) = (k for k in range(2) if k != compressed.model.main)
+    assert sizes.before == 4 * sum(p.numel() for p in compressed.model.experts[other].parameters())
+    # of one other expert, the dense model alone takes more
+    assert sizes.after > sizes.before
 
 
 def test_the_preview_and_the_samples(loaded, compressed, tmp_path):
     pipe, data = loaded
     aptp.preview(pipe, compressed.model, compressed, data, _new(tmp_path / "preview"))
-    assert (tmp_path / "preview" / "index.json").is_file()
-    assert (tmp_path / "preview" / "after_1.png").is_file()
+    index = json.loads((tmp_path / "preview" / "index.json").read_text())
+    used = {int(k) for k in route(compressed.model.router, data.wanted.prompts)}
+    assert [view["name"] for view in index["views"]] == [f"expert {k}" for k in sorted(used)]
+    assert [one["file"] for one in index["pictures"]] == ["routing.png", "architectures.png"]
+    for view in index["views"]:
+        assert (tmp_path / "preview" / view["after"]).is_file()
     paths = aptp.sample(compressed.model, data, _new(tmp_path / "samples"))
     assert len(paths) == QUICK.images + 1
 
@@ -328,6 +345,7 @@ def test_budgets_that_are_refused(loaded, budget, told):
         ({"experts": 0}, "experts 0: 1 or more"),
         ({"precision": "pure-bf16"}, "precision 'pure-bf16'"),
         ({"compare": ("mean",)}, "compare mean"),
+        ({"store": "deltas"}, "store 'deltas': known are whole, smaller"),
         ({"rate": 0.0}, "rate is above 0"),
     ],
 )
