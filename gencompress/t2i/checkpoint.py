@@ -5,9 +5,7 @@ A .safetensors file: tensors by name, the state of the generator, and JSON in th
 
 from __future__ import annotations
 
-import glob
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,12 +60,6 @@ def save(
         save_tensors(part, plain, {ABOUT: text})
 
 
-def sweep(path: Path) -> None:
-    """Removes what a run left that was killed while saving."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def resume(
     path: Path,
     decides: Mapping[str, Any],
@@ -119,10 +111,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             names = file.keys()
             tensors = {name: file.get_tensor(name).clone() for name in names}
             about = json.loads((file.metadata() or {})[ABOUT])
-        if GENERATOR not in tensors or about.keys() != {"decides", *asdict(State())}:
-            raise KeyError("its state or generator")
+        torch.Generator().set_state(tensors[GENERATOR])
+        whole = {"decides": {}, **asdict(State())}
+        if about.keys() != whole.keys():
+            raise KeyError("its state")
+        for name, one in whole.items():
+            if type(about[name]) is not type(one):
+                raise KeyError(name)
     except (SafetensorError, OSError) as problem:
         raise FormatError(path, f"not a checkpoint: {problem}") from problem
-    except (KeyError, AttributeError, ValueError) as problem:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as problem:
         raise FormatError(path, f"not a checkpoint of a training: lacks {problem}") from problem
     return tensors, about

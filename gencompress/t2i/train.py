@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gencompress.t2i.checkpoint import MOMENT, Log, State, resume, save, sweep
+from gencompress.files import sweep
+from gencompress.t2i.checkpoint import MOMENT, Log, State, resume, save
 from gencompress.t2i.distill import Draws, draws, seeds
+from gencompress.t2i.weights import EMA, Masters, trained
 
 Progress = Callable[[str], None]
 Batch = dict[str, Tensor]
@@ -62,6 +64,7 @@ class Training:
     save_steps: int = 0  # between checkpoints; 0: not counted
     save_seconds: float = 60.0  # between checkpoints, or more where saving is slow; 0: not timed
     log_every: int = 50  # steps averaged in one row of the log
+    trackers: tuple[str, ...] = ()  # of accelerate, each of whose packages is there: wandb, ...
 
     def __post_init__(self) -> None:
         least = {"steps": 0, "batch": 1, "warmup": 0, "at_once": 0, "save_steps": 0, "log_every": 1}
@@ -77,72 +80,7 @@ class Training:
 
 
 # what does not change where a run goes: a checkpoint made with other values is taken up
-FREE = {"at_once", "save_steps", "save_seconds", "log_every"}
-
-
-@dataclass
-class EMA:
-    """Moving average of named weights, in float32."""
-
-    decay: float
-    values: dict[str, Tensor]
-    count: int = 0  # updates made
-
-    def update(self, values: Mapping[str, Tensor]) -> None:
-        """Moves towards `values`, faster at first: decay min(decay, (1 + n) / (10 + n)) after n
-        updates (the warm-up of TensorFlow's ExponentialMovingAverage)."""
-        share = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
-        self.count += 1
-        with torch.no_grad():
-            for name, value in self.values.items():
-                value.lerp_(values[name].detach().float(), share)
-
-    def copy_to(self, models: Mapping[str, nn.Module]) -> None:
-        """Writes the average into the models that `fit` trained, by the same names."""
-        with torch.no_grad():
-            for name, parameter in trained(models).items():
-                parameter.copy_(self.values[name])
-
-
-class Masters:
-    """Float32 copies of weights that are bfloat16 from now on until `restore`: the optimiser moves
-    the copies, so steps smaller than a bfloat16 resolves add up (Micikevicius et al. 2018).
-    Frozen float32 weights are bfloat16 meanwhile, too. Buffers stay as they are, so a BatchNorm
-    does not run that way."""
-
-    def __init__(self, models: Mapping[str, nn.Module]) -> None:
-        self.low = trained(models)
-        self.high = {name: nn.Parameter(low.detach()) for name, low in self.low.items()}
-        every = [one for model in models.values() for one in model.parameters()]
-        self.before = [(one, one.data) for one in every if one.dtype == torch.float32]
-        for one, data in self.before:
-            one.data = data.to(torch.bfloat16)
-
-    def take(self) -> None:
-        """Moves the gradients to the copies."""
-        for name, low in self.low.items():
-            self.high[name].grad = None if low.grad is None else low.grad.float()
-            low.grad = None
-
-    def give(self) -> None:
-        """Rounds the copies into the weights."""
-        for name, low in self.low.items():
-            low.data.copy_(self.high[name].data)
-
-    def restore(self) -> None:
-        """Every weight in float32 again; the trained ones are the copies."""
-        for one, data in self.before:  # the copies live in the memory that the weights came in
-            one.grad, one.data = None, data
-
-
-def trained(models: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters that want gradients, as "model.path.of.parameter"."""
-    return {
-        f"{key}.{name}": parameter
-        for key, model in models.items()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+FREE = {"at_once", "save_steps", "save_seconds", "log_every", "trackers"}
 
 
 def rate_at(step: int, how: Training) -> float:
@@ -210,8 +148,8 @@ def fit(
         `log_every` steps and at the end; and the average, if `how.ema`.
 
     Raises:
-        ValueError: nothing to train, trained weights that are not float32, no samples, or a batch
-            that does not divide among the processes.
+        ValueError: nothing to train, trained weights that are not float32, no samples, a batch
+            that does not divide among the processes, or a tracker that is not installed.
         FormatError: the checkpoint is broken, or of another run.
         FileNotFoundError: there is no folder `workdir`.
         RuntimeError: a loss or gradient is not finite; that step is not saved.
@@ -219,7 +157,7 @@ def fit(
     """
     from accelerate import Accelerator
 
-    team = Accelerator()
+    team = Accelerator(log_with=list(how.trackers) or None, project_dir=workdir)
     parameters = _checked(models, data, how, team)
     device = next(iter(parameters.values())).device
     share = how.batch // team.num_processes
@@ -239,6 +177,7 @@ def fit(
         path, progress = None, quiet
     if state.step:
         progress(f"resuming: step {state.step:,} of {how.steps:,}")
+    _track(team, how, decides)
     masters = Masters(models) if how.precision == "pure-bf16" else None
     weights: Weights = masters.high if masters else parameters
     optimizer = _optimizer(weights, how, moments)
@@ -273,6 +212,7 @@ def fit(
             end = state.step == how.steps
             if end or state.step % how.log_every == 0:
                 _add_row(state, lr)
+                team.log({k: v for k, v in state.log[-1].items() if k != "kind"}, state.step)
                 progress(_line(state, how.steps, *shown))
                 shown = state.step, state.seconds
             due = how.save_steps and state.step % how.save_steps == 0
@@ -286,6 +226,8 @@ def fit(
         optimizer.zero_grad()
         if masters:
             masters.restore()
+        for tracker in team.trackers:  # `team.end_training` would end the processes' group too
+            tracker.finish()
     team.wait_for_everyone()
     return state.log, ema if how.ema else None
 
@@ -313,6 +255,16 @@ def _checked(
             torch.distributed.broadcast(first, 0)
             one.data.copy_(first)
     return parameters
+
+
+def _track(team: Any, how: Training, decides: dict[str, Any]) -> None:
+    """Begins a run of each tracker; those that write files do so in the `workdir`."""
+    missing = set(how.trackers) - set(map(str, team.log_with))
+    if missing:
+        raise ValueError(f"trackers {', '.join(sorted(missing))}: not installed")
+    plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in decides.items()}
+    if how.trackers:
+        team.init_trackers("gencompress", plain)
 
 
 def _decides(how: Training, data: Data, run: str, generator: torch.Generator) -> dict[str, Any]:
