@@ -17,7 +17,6 @@ Lens: `K` [3, 3] or [N, 3, 3] in px, or `fov_deg`, the whole angle of view along
 from __future__ import annotations
 
 import math
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gencompress.files import FormatError
+from gencompress.files import FormatError, read_arrays
 from gencompress.views.fit import Progress, quiet
 from gencompress.views.images import unit
 from gencompress.views.loaders import load_split
@@ -185,7 +184,9 @@ def _stack(photos: list[Photo], masks: list[Tensor]) -> MaskViews:
 
 
 def _read_npz(path: Path) -> MaskViews:
-    arrays = _arrays(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    arrays = read_arrays(path, 4 * MOST_PIXELS)
     pixels = _pixels(arrays, path)
     masks = torch.from_numpy(np.ascontiguousarray(pixels[..., -1]))
     count, height, width = masks.shape
@@ -209,23 +210,6 @@ def _read_npz(path: Path) -> MaskViews:
         tuple(f"{i:03d}" for i in range(count)),
         colors,
     )
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every array, once its declared size is known to be there and to be sane."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            total = sum(member.file_size for member in archive.infolist())
-        if total > 4 * MOST_PIXELS:
-            raise FormatError(path, f"its arrays take {total:,} bytes, more than masks ever do")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except FormatError:
-        raise
-    except Exception as error:  # a broken archive raises a dozen different types
-        raise FormatError(path, f"not a readable .npz file ({error})") from error
 
 
 def _pixels(arrays: dict[str, np.ndarray], path: Path) -> np.ndarray:

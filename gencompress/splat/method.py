@@ -66,7 +66,7 @@ def load(
     path = Path(target)
     cloud = read_splats(path, strict=strict)
     kind = sniff(path)  # by content: a compressed .ply may be called just .ply
-    suffix = next(s for s, k in FORMATS.items() if k == kind)
+    suffix = next((s for s, k in FORMATS.items() if k == kind), ".ply")  # of a checkpoint
     if "views" in data:
         cameras = load_views(data["views"])
         if len(cameras) < 2:

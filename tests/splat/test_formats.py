@@ -15,7 +15,7 @@ from gencompress.splat.formats import FORMATS, describe, read_splats, sniff, wri
 from gencompress.splat.formats.common import morton_order
 
 C0 = 0.28209479177387814
-NAMES = ["a.ply", "a.compressed.ply", "a.splat", "a.spz", "a.sog"]
+NAMES = ["a.ply", "a.compressed.ply", "a.splat", "a.spz", "a.sog", "a.glb"]
 SORTED = ("a.compressed.ply", "a.sog")  # written in Morton order
 
 
@@ -160,7 +160,7 @@ def test_second_pass_changes_nothing(tmp_path, name):
             assert worst(getattr(again, field), t) <= 2e-5, field
 
 
-@pytest.mark.parametrize("name", ["a.ply", "a.compressed.ply", "a.spz", "a.sog"])
+@pytest.mark.parametrize("name", ["a.ply", "a.compressed.ply", "a.spz", "a.sog", "a.glb"])
 @pytest.mark.parametrize("antialiased", [False, True])
 def test_antialiased_is_kept(tmp_path, name, antialiased):
     write_splats(tmp_path / name, make_cloud(3, 0, antialiased=antialiased))
@@ -224,7 +224,7 @@ def test_spz_chooses_its_fractional_bits(tmp_path):
 
 def test_formats_are_recognised(tmp_path, caplog):
     cloud = make_cloud(20, 1)
-    kinds = dict(zip(NAMES, ["ply", "compressed.ply", "splat", "spz", "sog"], strict=True))
+    kinds = dict(zip(NAMES, ["ply", "compressed.ply", "splat", "spz", "sog", "glb"], strict=True))
     assert set(kinds.values()) == set(FORMATS.values())
     for name, kind in kinds.items():
         write_splats(tmp_path / name, cloud)

@@ -20,7 +20,7 @@ from gencompress.splat import formats
 from gencompress.splat.cloud import SplatCloud
 from gencompress.splat.formats import describe, read_splats, sniff, write_splats
 
-NAMES = ["a.ply", "a.compressed.ply", "a.splat", "a.spz", "a4.spz", "a.sog"]
+NAMES = ["a.ply", "a.compressed.ply", "a.splat", "a.spz", "a4.spz", "a.sog", "a.glb"]
 
 
 def make_cloud(n=6, degree=1, seed=0) -> SplatCloud:

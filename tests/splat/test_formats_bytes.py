@@ -13,7 +13,7 @@ from PIL import Image
 
 from gencompress.splat.formats import describe, read_splats, spz
 from gencompress.splat.formats.codebook import nearest_code, palette, scalar_codebook
-from gencompress.splat.formats.common import morton_order
+from gencompress.splat.formats.common import morton_order, quat_signs, sh_signs
 
 C0 = 0.28209479177387814
 
@@ -115,12 +115,12 @@ def test_spz_turns_the_whole_splat_with_its_axes():
     signs = spz._signs(None, spz.FILE_AXES)
     assert signs == (1, -1, -1)
     q = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
-    turned = rotation_matrix(q * torch.from_numpy(spz._quat_signs(signs)))
+    turned = rotation_matrix(q * torch.from_numpy(quat_signs(signs)))
     assert torch.allclose(turned, flip[:, None] * rotation_matrix(q) * flip, atol=1e-6)
     coefficients = torch.arange(1.0, 16)
     direction = torch.tensor([0.3, -0.5, 0.8])
     seen = (coefficients * harmonics(direction)).sum()
-    flipped = coefficients * torch.from_numpy(spz._sh_signs(signs))
+    flipped = coefficients * torch.from_numpy(sh_signs(signs))
     assert (flipped * harmonics(direction * flip)).sum().item() == pytest.approx(seen.item())
 
 

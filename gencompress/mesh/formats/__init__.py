@@ -16,6 +16,7 @@ import torch
 
 from gencompress.files import FormatError, writing
 from gencompress.mesh.surface import TriMesh
+from gencompress.views.glb import SPLATS, uses
 from gencompress.views.ply_header import read_header
 
 from . import glb, glb_write, obj, obj_write, ply, ply_write, stl
@@ -36,11 +37,14 @@ def suffix_format(path: str | Path) -> str | None:
 
 
 def is_mesh(path: str | Path) -> bool:
-    """Whether a file is a mesh by its suffix; of a .ply, whether it has faces."""
+    """Whether a file is a mesh by its suffix; a .ply is one if it has faces, a .glb if it has no
+    splats."""
     path = Path(path)
     kind = suffix_format(path)
-    if kind != "ply" or not path.is_file():
+    if kind not in ("ply", "glb") or not path.is_file():
         return kind is not None
+    if kind == "glb":
+        return not uses(path, SPLATS)
     with open(path, "rb") as file:
         if file.read(3) != b"ply":
             return False

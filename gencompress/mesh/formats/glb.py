@@ -21,24 +21,27 @@ import numpy as np
 
 from gencompress.files import FormatError
 from gencompress.mesh.surface import TriMesh
-
-from .common import Array, mesh_of
-from .glb_accessors import (
+from gencompress.views.glb import (
     accessor,
     check_carried,
     decoded,
     item,
+    nodes,
     read_buffers,
     read_container,
     refuse_compressed,
     whole,
 )
 
+from .common import Array, mesh_of
+
 NAMES = {"TEXCOORD_0": "uv", "NORMAL": "normal", "COLOR_0": "color", "TANGENT": "tangent"}
 SIZES = {"POSITION": (3,), "normal": (3,), "uv": (2,), "tangent": (4,), "color": (3, 4)}
 STRIP, FAN = 5, 6
 TRIANGLES = (4, STRIP, FAN)
 MAX_FACES = 100_000_000  # a few bytes can show one mesh any number of times
+# what is shown takes FREE_BYTES at least; above that, so many times what is stored
+FREE_BYTES, MOST_RATIO = 256 << 20, 1000
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ def read(path: Path, strict: bool = False) -> TriMesh:
 
 def _primitives(path: Path, root: dict[str, Any], buffers: tuple[bytes, ...]) -> Iterator[Any]:
     """Those of triangles that have some, node by node."""
-    total = 0
-    for node, matrix in _nodes(root):
+    total = taken = 0
+    for node, matrix in nodes(root):
         mesh = root["nodes"][node].get("mesh")
         if np.linalg.matrix_rank(matrix[:3, :3]) < 3:
             continue  # scaled to nothing, as animations hide things; passed through
@@ -101,8 +104,11 @@ def _primitives(path: Path, root: dict[str, Any], buffers: tuple[bytes, ...]) ->
                 continue
             found = _primitive(root, buffers, node, matrix, mesh, number, primitive)
             total += len(found[1])
+            taken += sum(a.nbytes for a in (found[1], found[2], *found[3].values()))
             if total > MAX_FACES:
                 raise FormatError(path, f"shows more than {MAX_FACES} triangles")
+            if taken > _allowance(buffers):
+                raise FormatError(path, f"shows {taken} bytes of triangles, far more than it has")
             if len(found[1]):
                 yield found
 
@@ -135,47 +141,6 @@ def _joined(path: Path, found: list[Any], source: GlbSource) -> TriMesh:
     points = np.concatenate([points for _, _, points, _ in found])
     parts = tuple(p for p, *_ in found)
     return mesh_of(path, points, faces, corners, {"part": part}, parts, source)
-
-
-def _nodes(root: dict[str, Any]) -> list[tuple[int, Array]]:
-    """(node, local to world) of every node, each reached once from a root.
-
-    Raises:
-        ValueError: the nodes are not a forest.
-    """
-    nodes = root.get("nodes", [])
-    children = [[whole(c) for c in node.get("children", ())] for node in nodes]
-    inner = {c for some in children for c in some}
-    stack = [(n, np.eye(4)) for n in range(len(nodes)) if n not in inner][::-1]
-    found: dict[int, Array] = {}
-    while stack:
-        node, above = stack.pop()
-        if node in found:
-            raise ValueError(f"nodes[{node}] has two parents")
-        with np.errstate(all="ignore"):
-            found[node] = above @ _local(item(root, "nodes", node))
-        if not np.isfinite(found[node]).all():
-            raise ValueError(f"nodes[{node}] has a transform that is not finite")
-        stack += [(c, found[node]) for c in children[node][::-1]]
-    if len(found) != len(nodes):
-        raise ValueError("nodes are their own descendants")
-    return [(n, np.eye(4) if "skin" in nodes[n] else m) for n, m in found.items()]
-
-
-def _local(node: dict[str, Any]) -> Array:
-    """The matrix of a node [4, 4] float64."""
-    if "matrix" in node:
-        return np.array(node["matrix"], np.float64).reshape(4, 4).T
-    x, y, z, w = np.array(node.get("rotation", (0, 0, 0, 1)), np.float64)
-    matrix = np.eye(4)
-    matrix[:3, :3] = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-    ]
-    matrix[:3, :3] *= np.array(node.get("scale", (1, 1, 1)), np.float64).reshape(1, 3)
-    matrix[:3, 3] = np.array(node.get("translation", (0, 0, 0)), np.float64).reshape(3)
-    return matrix
 
 
 def placed(matrix: Array, local: Array) -> Array:
@@ -242,14 +207,22 @@ def _primitive(
     return part, faces, placed(matrix, local), values
 
 
+def _allowance(buffers: tuple[bytes, ...]) -> int:
+    """Bytes that what is shown of these buffers may take."""
+    return max(FREE_BYTES, MOST_RATIO * sum(map(len, buffers)))
+
+
 def _attributes(root: dict[str, Any], buffers: tuple[bytes, ...], primitive: dict[str, Any]):
     """Attributes [N, k] by our name, decoded, and the layout of each."""
     named = [(NAMES.get(n, n), a) for n, a in primitive["attributes"].items()]
     for i, target in enumerate(primitive.get("targets", ())):
         named += [(f"target{i}/{n}", a) for n, a in target.items()]
-    values, layout = {}, {}
+    values, layout, taken = {}, {}, 0
     for name, index in named:
         raw = accessor(root, buffers, index)
+        taken += raw.nbytes
+        if taken > _allowance(buffers):
+            raise ValueError(f"the attributes of a primitive take {taken} bytes")
         if raw.shape[1] not in SIZES.get(name, (raw.shape[1],)):
             raise ValueError(f"{name} of {raw.shape[1]} numbers")
         normalized = bool(root["accessors"][index].get("normalized", False))

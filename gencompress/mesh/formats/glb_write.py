@@ -3,63 +3,27 @@
 from __future__ import annotations
 
 import copy
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gencompress.mesh.surface import TriMesh
+from gencompress.views.glb import (
+    ARRAY_BUFFER,
+    ELEMENT_BUFFER,
+    Binary,
+    encoded,
+    view_bytes,
+    write_container,
+)
 
 from .common import Array, numpy_of, split_vertices, uv_of
 from .glb import NAMES, GlbPart, GlbSource, flips, is_identity, placed, turned
-from .glb_accessors import BIN_CHUNK, COMPONENTS, JSON_CHUNK, WIDTHS, encoded, view_bytes
 
-TYPES = {kind: number for number, kind in COMPONENTS.items()}
-SHAPES = {width: name for name, width in WIDTHS.items()}
 GLTF = {ours: theirs for theirs, ours in NAMES.items()}
-ARRAY_BUFFER, ELEMENT_BUFFER = 34962, 34963
 MAX_U2 = 65535  # the largest index of its type restarts a primitive
 ACCESSOR_KEYS = ("inverseBindMatrices", "input", "output")  # of skins and of animation samplers
-
-
-class _Binary:
-    """Buffer views and accessors in the order in which they are added."""
-
-    def __init__(self) -> None:
-        self.blocks: list[bytes] = []
-        self.length = 0
-        self.views: list[dict[str, Any]] = []
-        self.accessors: list[dict[str, Any]] = []
-
-    def view(self, data: bytes, **keys: Any) -> int:
-        self.views.append({"buffer": 0, "byteOffset": self.length, "byteLength": len(data), **keys})
-        self.blocks.append(data + b"\0" * (-len(data) % 4))
-        self.length += len(self.blocks[-1])
-        return len(self.views) - 1
-
-    def accessor(self, values: Array, target: int, normalized: bool = False, bounds=False) -> int:
-        """Values [N, k]; items of an attribute begin at multiples of 4 bytes."""
-        count, width = values.shape
-        keys: dict[str, Any] = {"target": target}
-        size = width * values.itemsize
-        rows = np.ascontiguousarray(values).view(np.uint8).reshape(count, size)
-        if target == ARRAY_BUFFER and size % 4:
-            rows = np.pad(rows, ((0, 0), (0, -size % 4)))
-            keys["byteStride"] = rows.shape[1]
-        entry = {
-            "bufferView": self.view(rows.tobytes(), **keys),
-            "componentType": TYPES[values.dtype.str[1:]],
-            "count": count,
-            "type": SHAPES[width],
-        }
-        if normalized:
-            entry["normalized"] = True
-        if bounds:
-            entry |= {"min": values.min(0).tolist(), "max": values.max(0).tolist()}
-        self.accessors.append(entry)
-        return len(self.accessors) - 1
 
 
 def write(path: Path, mesh: TriMesh) -> None:
@@ -79,28 +43,15 @@ def write(path: Path, mesh: TriMesh) -> None:
         vertices = vertices.astype(np.float32)
     if not np.isfinite(vertices).all():
         raise ValueError(f"{path}: a coordinate is too large for the float32 of glTF")
-    binary = _Binary()
+    binary = Binary()
     if isinstance(mesh.source, GlbSource) and "part" in mesh.per_face:
         root = _edited(mesh, vertices, faces, corners, binary)
     else:
         root = _fresh(mesh, vertices, faces, corners, binary)
-    root["bufferViews"], root["accessors"] = binary.views, binary.accessors
-    root["buffers"] = [{"byteLength": binary.length}]
-    text = json.dumps(root, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 4)
-    total = 12 + 8 + len(text) + 8 + binary.length
-    if total >= 1 << 32:
-        raise ValueError(f"{path}: {total} bytes, but a .glb file has at most 4 GiB")
-    with open(path, "wb") as file:
-        file.write(struct.pack("<4sII", b"glTF", 2, total))
-        file.write(struct.pack("<II", len(text), JSON_CHUNK) + text)
-        file.write(struct.pack("<II", binary.length, BIN_CHUNK))
-        file.writelines(binary.blocks)
+    write_container(path, root, binary)
 
 
-def _fresh(
-    mesh: TriMesh, vertices: Array, faces: Array, corners: dict[str, Array], binary: _Binary
-):
+def _fresh(mesh: TriMesh, vertices: Array, faces: Array, corners: dict[str, Array], binary: Binary):
     """One node; the parts in order of their first face, by material."""
     names = [getattr(part, "material", "") for part in mesh.parts] or [""]
     numbered = mesh.per_face.get("part") if mesh.parts else None
@@ -139,7 +90,7 @@ def _primitive(
     faces: Array,  # [F, 3] vertices of the whole mesh
     values: dict[str, Array],  # [F, 3, k]
     layout: dict[str, tuple[str, bool, int]],
-    binary: _Binary,
+    binary: Binary,
 ) -> dict[str, Any]:
     """The attributes, indices and targets of a primitive, whose bytes go to `binary`."""
     used, compact = np.unique(faces, return_inverse=True)
@@ -173,7 +124,7 @@ def _primitive(
     return found
 
 
-def _edited(mesh: TriMesh, vertices: Array, faces: Array, corners: Any, binary: _Binary):
+def _edited(mesh: TriMesh, vertices: Array, faces: Array, corners: Any, binary: Binary):
     """The JSON of the source with the triangles that are left, and only the bytes it needs."""
     source: GlbSource = mesh.source
     root = copy.deepcopy({k: v for k, v in source.root.items() if k != "accessors"})
@@ -204,7 +155,7 @@ def _edited(mesh: TriMesh, vertices: Array, faces: Array, corners: Any, binary: 
     return root
 
 
-def _part(entry: GlbPart, world: Array, faces: Array, corners: dict[str, Array], binary: _Binary):
+def _part(entry: GlbPart, world: Array, faces: Array, corners: dict[str, Array], binary: Binary):
     """A primitive in the space of its node."""
     matrix = np.array(entry.matrix).reshape(4, 4)
     if not is_identity(matrix) and "local" not in corners:
@@ -305,7 +256,7 @@ def _bare(root: dict[str, Any], number: int) -> None:
 class _Carrier:
     """Takes accessors and buffer views of the source along, each once."""
 
-    def __init__(self, source: GlbSource, binary: _Binary) -> None:
+    def __init__(self, source: GlbSource, binary: Binary) -> None:
         self.source, self.binary = source, binary
         self.views: dict[int, int] = {}
         self.accessors: dict[int, int] = {}

@@ -17,9 +17,10 @@ import torch
 
 from gencompress.files import FormatError, writing
 from gencompress.splat.cloud import SplatCloud, rows, tensors
+from gencompress.views.glb import SPLATS, uses
 from gencompress.views.ply_header import read_header
 
-from . import compressed_ply, dotsplat, ply, sog, spz
+from . import checkpoint, compressed_ply, dotsplat, gltf, ply, sog, spz
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ FORMATS = {
     ".splat": "splat",
     ".spz": "spz",
     ".sog": "sog",
+    ".glb": "glb",
     "meta.json": "sog",  # the folder around it
 }
 MODULES = {
@@ -40,6 +42,8 @@ MODULES = {
     "splat": dotsplat,
     "spz": spz,
     "sog": sog,
+    "glb": gltf,
+    "gsplat": checkpoint,  # only read
 }
 
 
@@ -50,7 +54,8 @@ def suffix_format(path: str | Path) -> str | None:
 
 
 def sniff(path: str | Path) -> str:
-    """The format by content: ply, compressed.ply, splat, spz or sog.
+    """The format by content: ply, compressed.ply, splat, spz, sog, glb or gsplat
+    (a checkpoint, .pt).
 
     A .splat has no magic, so only its suffix and size tell.
 
@@ -84,6 +89,10 @@ def _content(path: Path) -> str | None:
             return None
     if head.startswith(spz.MAGIC):
         return "spz"
+    if uses(path, SPLATS):
+        return "glb"
+    if path.suffix.lower() == checkpoint.SUFFIX:
+        return "gsplat"
     if head.startswith(b"PK\x03\x04") or path.name == sog.META:
         return "sog"
     return None

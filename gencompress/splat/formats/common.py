@@ -20,6 +20,8 @@ MAX_EXTENSION_BYTES = 1 << 20  # vendor records of .spz; the known ones take und
 SQRT_HALF = 0.7071067811865476
 # the three components that stay when the largest of four is left out
 OTHERS = np.array([[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]])
+# which axes' signs a coefficient carries, degree 1 to 3
+SH_PARITY = ("y", "z", "x", "xy", "yz", "", "xz", "", "y", "xyz", "y", "z", "x", "z", "x")
 Array = NDArray[np.float32]
 
 
@@ -128,3 +130,14 @@ def _spread(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     ):
         x = (x | (x << np.uint64(shift))) & np.uint64(mask)
     return x
+
+
+def quat_signs(signs: tuple[int, int, int]) -> Array:
+    """A rotation R becomes S R S: each component of the axis takes the product of the others."""
+    x, y, z = signs
+    return np.array([1, y * z, x * z, x * y], np.float32)
+
+
+def sh_signs(signs: tuple[int, int, int]) -> Array:
+    by_axis = dict(zip("xyz", signs, strict=True))
+    return np.array([np.prod([by_axis[a] for a in axes]) for axes in SH_PARITY], np.float32)

@@ -47,6 +47,8 @@ from .common import (
     need_3dgs,
     opacity_bytes,
     opacity_logits,
+    quat_signs,
+    sh_signs,
     smallest_three,
     to_byte,
     unit_quats,
@@ -66,8 +68,6 @@ FRACTIONAL_BITS = 12  # of the reference encoder
 FIXED_LIMIT = 2**23 - 1  # 24 bits, signed
 COLOUR_SCALE = 0.15 * 255
 SH_BUCKETS = (8, 16)  # of 256 codes, for degree 1 and for the rest: 5 and 4 bits
-# which axes' signs a coefficient carries, degree 1 to 3
-SH_PARITY = ("y", "z", "x", "xy", "yz", "", "xz", "", "y", "xyz", "y", "z", "x", "z", "x")
 ZSTD_LEVEL = 12  # of the reference encoder
 
 
@@ -100,13 +100,13 @@ def read(path: Path) -> SplatCloud:
     x = {name: np.frombuffer(data, np.uint8) for name, data in sections.items()}
     means = _positions(x["positions"], head) * np.array(signs, np.float32)
     scales = x["scales"].reshape(n, 3) / np.float32(16) - np.float32(10)
-    quats = _rotations(x["rotations"], head) * _quat_signs(signs)
+    quats = _rotations(x["rotations"], head) * quat_signs(signs)
     sh = np.empty((n, 1 + min(REST[head.degree], 15), 3), np.float32)
     sh[:, 0] = (x["colors"].reshape(n, 3) - np.float32(127.5)) / np.float32(COLOUR_SCALE)
     if head.degree:
         rest = x["sh"].reshape(n, -1, 3)[:, :15]
         sh[:, 1:] = (rest - np.float32(128)) / np.float32(128)
-        sh[:, 1:] *= _sh_signs(signs)[: rest.shape[1], None]
+        sh[:, 1:] *= sh_signs(signs)[: rest.shape[1], None]
     if head.degree > 3:
         log.warning("%s: SH degree %d is cut to 3", path, head.degree)
     opacities = opacity_logits(x["alphas"])
@@ -224,17 +224,6 @@ def _signs(path: Path, axes: int) -> tuple[int, int, int]:
     return tuple(-1 if differ >> bit & 1 else 1 for bit in range(3))
 
 
-def _quat_signs(signs: tuple[int, int, int]) -> Array:
-    """A rotation R becomes S R S: each component of the axis takes the product of the others."""
-    x, y, z = signs
-    return np.array([1, y * z, x * z, x * y], np.float32)
-
-
-def _sh_signs(signs: tuple[int, int, int]) -> Array:
-    by_axis = dict(zip("xyz", signs, strict=True))
-    return np.array([np.prod([by_axis[a] for a in axes]) for axes in SH_PARITY], np.float32)
-
-
 def _positions(raw: NDArray[np.uint8], head: Head) -> Array:
     if head.version == 1:
         return raw.view("<f2").astype(np.float32).reshape(-1, 3)
@@ -306,11 +295,11 @@ def _encode(a: dict[str, Array], bits: int) -> Iterator[bytes]:
     scales = 16 * (a["scales"] + 10)
     _warn_clipped("scales up to exp(5.94)", scales > 255.5)
     yield to_byte(scales).tobytes()
-    yield _pack_rotations(a["quats"] * _quat_signs(signs)).tobytes()
+    yield _pack_rotations(a["quats"] * quat_signs(signs)).tobytes()
     rest = a["sh"][:, 1:]
     _warn_clipped("SH in +-1", np.abs(rest).reshape(n, -1) > 1.0625)
     if rest.size:
-        codes = 128 + np.rint(128 * rest * _sh_signs(signs)[: rest.shape[1], None])
+        codes = 128 + np.rint(128 * rest * sh_signs(signs)[: rest.shape[1], None])
         codes[:, :3] = SH_BUCKETS[0] * np.floor(codes[:, :3] / SH_BUCKETS[0] + 0.5)
         codes[:, 3:] = SH_BUCKETS[1] * np.floor(codes[:, 3:] / SH_BUCKETS[1] + 0.5)
         yield to_byte(codes).tobytes()

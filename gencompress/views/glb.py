@@ -1,4 +1,5 @@
-"""The container, buffers and accessors of glTF 2.0. Every count is held against the bytes there."""
+"""The container, nodes, buffers and accessors of glTF 2.0, for meshes and for splats. Every count
+is held against the bytes there."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gencompress.files import FormatError
 from gencompress.views.images import inside
 
-from .common import Array
-
+Array = NDArray[Any]
 MAGIC, VERSION = b"glTF", 2
 JSON_CHUNK, BIN_CHUNK = 0x4E4F534A, 0x004E4942
 COMPONENTS = {5120: "i1", 5121: "u1", 5122: "i2", 5123: "u2", 5125: "u4", 5126: "f4"}
@@ -28,7 +29,24 @@ REFUSED = {
     "KHR_meshopt_compression": "meshopt compression",
     "EXT_mesh_gpu_instancing": "GPU instancing",
 }
+TYPES = {kind: number for number, kind in COMPONENTS.items()}
+SHAPES = {width: name for name, width in WIDTHS.items()}
+ARRAY_BUFFER, ELEMENT_BUFFER = 34962, 34963
+SPLATS = "KHR_gaussian_splatting"  # the extension that makes points splats
 MAX_FREE = 1 << 20  # items of an accessor that no buffer backs
+
+
+def uses(path: Path, extension: str) -> bool:
+    """Whether a file is a .glb that lists this extension; reads no more than its JSON."""
+    with open(path, "rb") as file:
+        head = file.read(20)
+        if len(head) < 20 or head[:4] != MAGIC:
+            return False
+        text = file.read(struct.unpack_from("<I", head, 12)[0])
+    try:
+        return extension in json.loads(text)["extensionsUsed"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return False
 
 
 def read_container(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -229,3 +247,101 @@ def encoded(values: Array, kind: str, normalized: bool) -> Array:
     if normalized and values.dtype.kind == "f":
         values = np.rint(np.nan_to_num(values).astype(np.float64) * limits.max)
     return np.clip(values, limits.min, limits.max).astype(kind)
+
+
+def nodes(root: dict[str, Any]) -> list[tuple[int, Array]]:
+    """(node, local to world) of every node, each reached once from a root.
+
+    Raises:
+        ValueError: the nodes are not a forest.
+    """
+    listed = root.get("nodes", [])
+    children = [[whole(c) for c in node.get("children", ())] for node in listed]
+    inner = {c for some in children for c in some}
+    stack = [(n, np.eye(4)) for n in range(len(listed)) if n not in inner][::-1]
+    found: dict[int, Array] = {}
+    while stack:
+        node, above = stack.pop()
+        if node in found:
+            raise ValueError(f"nodes[{node}] has two parents")
+        with np.errstate(all="ignore"):
+            found[node] = above @ _local(item(root, "nodes", node))
+        if not np.isfinite(found[node]).all():
+            raise ValueError(f"nodes[{node}] has a transform that is not finite")
+        stack += [(c, found[node]) for c in children[node][::-1]]
+    if len(found) != len(listed):
+        raise ValueError("nodes are their own descendants")
+    return [(n, np.eye(4) if "skin" in listed[n] else m) for n, m in found.items()]
+
+
+def _local(node: dict[str, Any]) -> Array:
+    """The matrix of a node [4, 4] float64."""
+    if "matrix" in node:
+        return np.array(node["matrix"], np.float64).reshape(4, 4).T
+    x, y, z, w = np.array(node.get("rotation", (0, 0, 0, 1)), np.float64)
+    matrix = np.eye(4)
+    matrix[:3, :3] = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+    ]
+    matrix[:3, :3] *= np.array(node.get("scale", (1, 1, 1)), np.float64).reshape(1, 3)
+    matrix[:3, 3] = np.array(node.get("translation", (0, 0, 0)), np.float64).reshape(3)
+    return matrix
+
+
+class Binary:
+    """Buffer views and accessors in the order in which they are added."""
+
+    def __init__(self) -> None:
+        self.blocks: list[bytes] = []
+        self.length = 0
+        self.views: list[dict[str, Any]] = []
+        self.accessors: list[dict[str, Any]] = []
+
+    def view(self, data: bytes, **keys: Any) -> int:
+        self.views.append({"buffer": 0, "byteOffset": self.length, "byteLength": len(data), **keys})
+        self.blocks.append(data + b"\0" * (-len(data) % 4))
+        self.length += len(self.blocks[-1])
+        return len(self.views) - 1
+
+    def accessor(self, values: Array, target: int, normalized: bool = False, bounds=False) -> int:
+        """Values [N, k]; items of an attribute begin at multiples of 4 bytes."""
+        count, width = values.shape
+        keys: dict[str, Any] = {"target": target}
+        size = width * values.itemsize
+        rows = np.ascontiguousarray(values).view(np.uint8).reshape(count, size)
+        if target == ARRAY_BUFFER and size % 4:
+            rows = np.pad(rows, ((0, 0), (0, -size % 4)))
+            keys["byteStride"] = rows.shape[1]
+        entry = {
+            "bufferView": self.view(rows.tobytes(), **keys),
+            "componentType": TYPES[values.dtype.str[1:]],
+            "count": count,
+            "type": SHAPES[width],
+        }
+        if normalized:
+            entry["normalized"] = True
+        if bounds:
+            entry |= {"min": values.min(0).tolist(), "max": values.max(0).tolist()}
+        self.accessors.append(entry)
+        return len(self.accessors) - 1
+
+
+def write_container(path: Path, root: dict[str, Any], binary: Binary) -> None:
+    """Writes the JSON `root`, with the views and accessors of `binary`, and its bytes.
+
+    Raises ValueError for more than 4 GiB.
+    """
+    own = {"bufferViews": binary.views, "accessors": binary.accessors}
+    root = {**root, **own, "buffers": [{"byteLength": binary.length}]}
+    text = json.dumps(root, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 4)
+    total = 12 + 8 + len(text) + 8 + binary.length
+    if total >= 1 << 32:
+        raise ValueError(f"{path}: {total} bytes, but a .glb file has at most 4 GiB")
+    with open(path, "wb") as file:
+        file.write(struct.pack("<4sII", MAGIC, VERSION, total))
+        file.write(struct.pack("<II", len(text), JSON_CHUNK) + text)
+        file.write(struct.pack("<II", binary.length, BIN_CHUNK))
+        file.writelines(binary.blocks)
