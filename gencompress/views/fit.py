@@ -6,10 +6,8 @@ depend on nothing but the state, the step and the generator that they are given.
 
 from __future__ import annotations
 
-import glob
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gencompress.files import FormatError, save_tensors, writing
+from gencompress.files import FormatError, save_tensors, sweep, writing
 
 Progress = Callable[[str], None]
 Log = list[dict[str, Any]]
@@ -177,9 +175,7 @@ def _resume(
     path = checkpoint.path
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
-    # what a run left that was killed while `writing`
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        shutil.rmtree(part, ignore_errors=True)
+    sweep(path)
     if not path.exists():
         return 0, [], {}
     tensors, about = _read(path)
@@ -203,11 +199,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             names = file.keys()
             tensors = {name: file.get_tensor(name).clone() for name in names}
             about = json.loads((file.metadata() or {})[ABOUT])
-        if GENERATOR not in tensors or not {"step", "fingerprint", "log", "window"} <= about.keys():
-            raise KeyError("step, log or generator")
+        torch.Generator().set_state(tensors[GENERATOR])
+        kinds = {"step": int, "fingerprint": str, "log": list, "window": dict}
+        if any(type(about[name]) is not kind for name, kind in kinds.items()):
+            raise KeyError("step, log or window")
     except (SafetensorError, OSError) as problem:
         raise FormatError(path, f"not a checkpoint: {problem}") from problem
-    except (KeyError, AttributeError, ValueError) as problem:
+    except (KeyError, TypeError, ValueError, RuntimeError) as problem:  # RecursionError among them
         raise FormatError(path, f"not a checkpoint of a fit: lacks {problem}") from problem
     return tensors, about
 

@@ -30,7 +30,9 @@ def load_views(
 
     What is there decides: `transforms.json`, else `transforms_<split>.json` (NeRF-synthetic), else
     a COLMAP model in `sparse/0`, `sparse`, `colmap/sparse/0` or the folder itself. A folder with
-    both kinds is read as transforms; name the model's folder to read that.
+    both kinds is read as transforms; name the model's folder to read that. Where nerfstudio's
+    `dataparser_transforms.json` lies beside a transforms file, cameras (and points) are in the
+    frame of what it trained, to fit its exports.
 
     Args:
         path: a folder, or a transforms file.
@@ -93,6 +95,16 @@ def load_points(folder: str | Path) -> Points | None:
     if source is None:
         model = colmap.find_model(folder)
         return None if model is None else colmap.read_points(model)
+    found = _points_beside(source)
+    moved = transforms.exported(source)
+    if found is None or moved is None:
+        return found
+    (xyz, rgb), (rigid, scale) = found, moved
+    return (scale * (xyz @ rigid[:3, :3].T + rigid[:3, 3])).astype(np.float32), rgb
+
+
+def _points_beside(source: Path) -> Points | None:
+    """In the frame of the transforms file `source`."""
     named = transforms.point_file(source)
     files = [source.parent / name for name in POINT_FILES] if named is None else [named]
     for file in files:

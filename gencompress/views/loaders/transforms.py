@@ -20,6 +20,9 @@ from gencompress.views.images import MAX_SIDE, fitted, image_size, inside, requi
 SUFFIXES = (".png", ".jpg", ".jpeg")  # tried where a frame names its image without one
 PINHOLES = ("PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV", "PERSPECTIVE")
 COEFFICIENTS = ("k1", "k2", "k3", "k4", "p1", "p2")  # also the order of `distortion_params`
+EXPORTED = "dataparser_transforms.json"  # nerfstudio's, of a training: beside its config.yml
+# from COLMAP's frame to the saved one, where nerfstudio converted before it noted that
+APPLIED = ((0, 1, 0, 0), (1, 0, 0, 0), (0, 0, -1, 0))
 RIGID_TOLERANCE = 1e-3  # on R^T R - 1; poses printed with four digits are still good
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
@@ -34,8 +37,9 @@ def read_cameras(source: Path, *, split: str | None, require_images: bool) -> li
     masks = [_optional_path(frame, "mask_path", source, where) for where, frame in frames]
     if require_images:
         require_files(images + [mask for mask in masks if mask is not None], source)
+    moved = exported(source)
     return [
-        _camera(frame, top, image, mask, source, where)
+        _camera(frame, top, image, mask, moved, source, where)
         for (where, frame), image, mask in zip(frames, images, masks, strict=True)
     ]
 
@@ -61,6 +65,29 @@ def applied_transform(source: Path) -> np.ndarray | None:
     """[3, 4] float64 from COLMAP's frame to that of the file, where nerfstudio noted it."""
     rows = _read(source).get("applied_transform")
     return None if rows is None else _matrix(rows, source, "applied_transform")[:3]
+
+
+def exported(source: Path) -> tuple[np.ndarray, float] | None:
+    """From the frame of the file to that in which nerfstudio trained and exports, as its
+    `dataparser_transforms.json` tells that lies beside the file: rigid [4, 4] float64, and the
+    scale that comes after it. None without such a file.
+
+    That file starts from the frame before `applied_transform` (nerfstudio_dataparser.py).
+    """
+    path = source.parent / EXPORTED
+    if not path.is_file():
+        return None
+    told = _read(path)
+    scale = _finite(told.get("scale"))
+    if scale is None or scale <= 0:
+        raise FormatError(path, f"scale is {told.get('scale')!r:.80}, expected a number above 0")
+    applied = applied_transform(source)
+    if applied is None and (source.parent / "colmap" / "sparse" / "0").is_dir():
+        applied = np.array(APPLIED, np.float64)
+    matrix = _matrix(told.get("transform"), path, "transform")
+    if applied is not None:
+        matrix = matrix @ _inverse(np.vstack([applied, [0, 0, 0, 1]]))
+    return matrix, scale
 
 
 def _read(source: Path) -> dict:
@@ -123,7 +150,13 @@ def _optional_path(values: dict, key: str, source: Path, where: str) -> Path | N
 
 
 def _camera(
-    frame: dict, top: dict, image: Path, mask: Path | None, source: Path, where: str
+    frame: dict,
+    top: dict,
+    image: Path,
+    mask: Path | None,
+    moved: tuple[np.ndarray, float] | None,
+    source: Path,
+    where: str,
 ) -> Camera:
     image = image if image.is_file() else None
     mask = mask if mask is not None and mask.is_file() else None
@@ -132,6 +165,9 @@ def _camera(
     width, height = _size(values, image, source, where)
     fx, fy = _focal(frame, top, width, height, source, where)
     matrix = _matrix(frame.get("transform_matrix"), source, where)
+    if moved is not None:
+        matrix = moved[0] @ matrix
+        matrix[:3, 3] *= moved[1]
     camera = Camera(
         world_to_camera=torch.from_numpy(_inverse(matrix @ OPENGL_TO_OPENCV)),
         fx=fx,
