@@ -5,23 +5,27 @@ that types and constants are those of real calls. Needs neither a device nor a d
 in which Triton does not interpret.
 """
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
+from gencompress_kernels import dispatch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TYPES = {
-    torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32",
-    torch.int16: "i16", torch.int8: "i8", torch.bool: "i1",
+    torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.bool: "i1",
 }  # fmt: skip
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 90, 120)
+OPTIONS = ("num_warps", "enable_fp_fusion")
 found: dict[str, dict[str, object]] = {}
 
 
@@ -53,8 +57,9 @@ def usage_of(ptx: str, arch: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        tool = triton.knobs.nvidia.ptxas.path
-        command = [tool, "-v", f"-arch=sm_{arch}{'a' if arch >= 90 else ''}", str(path)]
+        tools = triton.knobs.nvidia
+        tool = tools.ptxas_blackwell if arch >= 100 else tools.ptxas
+        command = [tool.path, "-v", f"-arch=sm_{arch}{'a' if arch >= 90 else ''}", str(path)]
         done = subprocess.run(
             [*command, "-o", str(path.with_suffix(".o"))],
             capture_output=True,
@@ -72,12 +77,20 @@ def usage_of(ptx: str, arch: int) -> dict[str, int]:
 
 def compile_instead(kernel, grid, like, *arguments, **meta):
     source = source_of(kernel, arguments, meta)
-    options = {k: v for k, v in meta.items() if k == "num_warps"}
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and argument.dtype == torch.int32:
+            argument.fill_(1)  # numbers that the host reads
+    options = {k: v for k, v in meta.items() if k in OPTIONS}
     for arch in ARCHITECTURES:
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         op = kernel.fn.__module__.split(".")[1]
-        key = f"{op}.{kernel.fn.__name__} {len([k for k in found if k.startswith(op)])} sm_{arch}"
-        found[key] = usage_of(made.asm["ptx"], arch) | {"cubin": len(made.asm["cubin"])}
+        key = f"{op}.{kernel.fn.__name__} {len(found)} sm_{arch}"
+        found[key] = usage_of(made.asm["ptx"], arch) | {
+            "cubin": len(made.asm["cubin"]),
+            "shared": made.metadata.shared,
+            "fused": len(re.findall(r"\bfma\.", made.asm["ptx"])),
+            "flushed": made.asm["ptx"].count(".ftz"),
+        }
 
 
 def calls() -> None:
@@ -85,10 +98,15 @@ def calls() -> None:
     from gencompress_kernels.adam_rows import triton_ops as adam
     from gencompress_kernels.compact import triton_ops as compact
     from gencompress_kernels.composite import triton_ops as composite
+    from gencompress_kernels.grouped_ffn import triton_ops as grouped
     from gencompress_kernels.hashgrid_encode import hashgrid_levels
     from gencompress_kernels.hashgrid_encode import triton_ops as hashgrid
+    from gencompress_kernels.march_rays import triton_ops as march
+    from gencompress_kernels.merge_splats import triton_ops as merge
+    from gencompress_kernels.rownorm_colsq import triton_ops as rownorm
     from gencompress_kernels.ssim import triton_ops as ssim
     from gencompress_kernels.token_merge import triton_ops as tokens
+    from gencompress_kernels.wanda_mask import triton_ops as wanda
 
     field = [torch.ones(64, 3) for _ in range(4)]
     for sizes, rows in (
@@ -124,13 +142,80 @@ def calls() -> None:
         hashgrid.forward(points, table, *gate, *layout, *out)
         results = table.clone(), logits.clone() if gated else None, points.clone()
         hashgrid.backward(*out, points, table, gate[0], *out, *layout, *results)
+    rownorm.forward(torch.ones(64, 1280).bfloat16(), torch.ones(1280))
+    wanda.forward(torch.ones(64, 1280), *torch.ones(2, 10, 1280), 13, 1, torch.ones(64, 1280) > 0)
+    rays = torch.ones(64, 3), torch.ones(64, 3), torch.zeros(64), torch.ones(8, 8, 8) > 0
+    box = torch.tensor([[-1.0] * 3, [1.0] * 3])
+    for cone, contracted in ((0.0, False), (0.01, False), (0.0, True), (0.01, True)):
+        march.forward(*rays, box, 0.01, cone, 0.0, 9.0, contracted, 1024)
+    blobs = [torch.ones(64, n, dtype=torch.float64) for n in (3, 6, 1, 48)]
+    blobs[2] = blobs[2][:, 0]
+    merge.costs(merge.Blobs(*blobs), torch.zeros(99, 2).long())
+    mixture(grouped, torch.bfloat16, "gelu-approximate")
+    linears(grouped, torch.bfloat16)
+    # without tensor cores one card is like another
+    with mock.patch.object(sys.modules[__name__], "ARCHITECTURES", (90,)):
+        mixture(grouped, torch.float32, "geglu")
+
+
+def mixture(grouped, dtype, activation) -> None:
+    """12 experts of 256 neurons, 1,024 channels, two experts a token."""
+    per = 2 if activation in ("geglu", "swiglu") else 1
+    x, expert = torch.ones(64, 1024, dtype=dtype), torch.zeros(64, 2).long()
+    order, starts = torch.arange(128), torch.tensor([0] + [128] * 12)
+    w1, w2 = (torch.ones(n * 256 * 12, 1024, dtype=dtype) for n in (per, 1))
+    b1, b2 = torch.ones(len(w1), dtype=dtype), torch.ones(12, 1024, dtype=dtype)
+    z, gates = torch.ones(128, per * 256, dtype=dtype), torch.ones(64, 2)
+    kind = tuple(range(0, 12 * 256 + 1, 256)), activation
+    grouped.forward(x, expert, gates, order, starts, w1, w2, b1, b2, *kind, z, x.clone())
+    results = [t.clone() for t in (x, gates, w1, w2, b1, b2)]
+    grouped.backward(x, x, expert, gates, order, starts, z, w1, w2, b1, b2, *kind, results)
+
+
+def linears(grouped, dtype) -> None:
+    """Of sizes that are no multiples of 16."""
+    x, sizes, starts = torch.ones(64, 1024, dtype=dtype), (256, 1024, 512, 1000), [0, 40, 64]
+    starts = torch.tensor(starts)
+    weight = torch.ones(256 * 1024 + 512 * 1000, dtype=dtype)
+    bias, y = torch.ones(768, dtype=dtype), torch.ones(64, 512, dtype=dtype)
+    grouped.linear(x, starts, weight, bias, sizes, y)
+    grouped.linear_backward(y, x, starts, weight, sizes, (x.clone(), weight.clone(), bias.clone()))
+
+
+def splats() -> None:
+    """Splats and surfels of degree 3, with all that can be asked for."""
+    from gencompress_kernels.rasterize_splats import triton_ops, triton_ops_squares
+    from gencompress_kernels.rasterize_splats.reference import Incoming, Shot
+    from gencompress_kernels.rasterize_surfels import reference as surfels
+    from gencompress_kernels.rasterize_surfels import triton_ops as surfel_ops
+
+    gray, image, background = torch.ones(21, 27), torch.ones(21, 27, 3), torch.ones(3)
+    scene = torch.ones(300, 3), torch.ones(300, 4), torch.ones(300, 3), torch.ones(300)
+    scene = *scene, torch.ones(300, 16, 3), torch.eye(4), torch.eye(3), 27, 21
+    shot = Shot(*scene, True)
+    flat = surfels.Shot(*scene[:2], torch.ones(300, 2), *scene[3:])
+    with mock.patch.object(torch, "empty", torch.zeros):  # how many tiles a splat meets: none
+        *_, records, offsets, pairs = triton_ops.forward(shot, background, True)
+        drawn = surfel_ops.forward(flat, background, True)
+    incoming = Incoming(image, gray, gray, image, gray, gray, background)
+    triton_ops.backward(shot, incoming, [records, offsets, pairs], True, True)
+    pictures = drawn.pictures
+    surfel_ops.backward(flat, background, pictures, pictures, list(drawn[2:]), True, True)
+    for module in (triton_ops, triton_ops_squares):
+        module.listed = lambda shot: (records, offsets, pairs)
+    triton_ops.forward(shot, background, False)
+    triton_ops.corrections(shot, image, gray)
+    triton_ops_squares.squared_gradients(shot, True)
 
 
 if __name__ == "__main__":
-    for name in ("adam_rows", "compact", "composite", "hashgrid_encode", "ssim", "token_merge"):
-        __import__(f"gencompress_kernels.{name}.triton_ops")
+    for name in dispatch.OPS:
+        if importlib.util.find_spec(f"gencompress_kernels.{name}.triton_ops"):
+            __import__(f"gencompress_kernels.{name}.triton_ops")
+    __import__("gencompress_kernels.rasterize_splats.triton_ops_squares")
     for name, module in list(sys.modules.items()):
-        if name.endswith(".triton_ops"):
+        if ".triton_ops" in name:
             module.launch = compile_instead
     calls()
+    splats()
     json.dump(found, sys.stdout, indent=1)

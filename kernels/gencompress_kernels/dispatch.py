@@ -21,6 +21,7 @@ from contextvars import ContextVar
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 FILES = {"cuda": "cuda", "triton": "triton_ops", "cpu": "cpu", "reference": "reference"}
@@ -83,6 +84,12 @@ def why_not(
     if backend == "cpu" and kind != "cpu":
         return f"needs tensors on the CPU, these are on {kind}"
     return None
+
+
+def looks(tensor: Tensor) -> bool:
+    """Whether a check may look at values: of tensors on the CPU, since a look makes the host wait
+    for any other device. With `GENCOMPRESS_CHECK=1` of all."""
+    return tensor.device.type == "cpu" or os.environ.get("GENCOMPRESS_CHECK") == "1"
 
 
 def interpreting() -> bool:

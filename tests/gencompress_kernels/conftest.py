@@ -13,6 +13,12 @@ import torch
 from gencompress_kernels import dispatch, nvrtc
 
 
+@pytest.fixture(autouse=True)
+def values_are_checked(monkeypatch):
+    """On any device; see `dispatch.looks`."""
+    monkeypatch.setenv("GENCOMPRESS_CHECK", "1")
+
+
 @pytest.fixture(params=dispatch.BACKENDS)
 def backend(request) -> str:
     """Each backend of the op in turn; one that cannot run skips with its reason."""

@@ -7,8 +7,17 @@ import threading
 import pytest
 import torch
 from gencompress_kernels import dispatch
+from gencompress_kernels.adam_rows import adam_rows_
+from gencompress_kernels.compact import gather_rows
+from gencompress_kernels.composite import _check_range as check_rays
 from gencompress_kernels.dispatch import BackendUnavailable, use_backend, why_not
+from gencompress_kernels.march_rays import _check as check_march
+from gencompress_kernels.rasterize_splats.inputs import check_inputs
+from gencompress_kernels.rasterize_triangles import _check as check_triangles
+from gencompress_kernels.rownorm_colsq import rownorm_colsq
 from gencompress_kernels.select import select_top
+from gencompress_kernels.ssim import ssim
+from gencompress_kernels.wanda_mask import wanda_mask
 
 SCORES = torch.tensor([3.0, 1.0, 2.0, 5.0])
 KEPT = [True, False, False, True]
@@ -105,6 +114,51 @@ def test_cpu_backend_needs_tensors_on_the_cpu():
     assert why_not("rasterize_splats", "cpu", "cuda") == (
         "needs tensors on the CPU, these are on cuda"
     )
+
+
+def test_values_are_looked_at_on_the_cpu_and_elsewhere_only_when_asked(monkeypatch):
+    here, there = torch.ones(2), torch.empty(2, device="meta")
+    monkeypatch.setenv("GENCOMPRESS_CHECK", "1")
+    assert dispatch.looks(here) and dispatch.looks(there)
+    monkeypatch.delenv("GENCOMPRESS_CHECK")
+    assert dispatch.looks(here) and not dispatch.looks(there)
+
+
+def unseen(*shape, dtype=torch.float32):
+    """Without values: a look at them raises."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+CHECKS = {
+    "adam_rows": lambda: adam_rows_(*[unseen(4, 2) for _ in range(4)], unseen(2), 3),
+    "compact": lambda: gather_rows([unseen(4, 2)], unseen(3, dtype=torch.int64)),
+    "composite": lambda: check_rays(unseen(3, 2, dtype=torch.int64), 9),
+    "march_rays": lambda: check_march(
+        unseen(4, 3), unseen(4, 3), unseen(4), unseen(2, 2, 2, dtype=torch.bool), unseen(2, 3)
+    ),
+    "rasterize_splats": lambda: check_inputs(
+        *(unseen(4, n) for n in (3, 4, 3)), unseen(4), unseen(4, 1, 3), unseen(1, 4, 4),
+        unseen(1, 3, 3), 8, 8,
+    ),
+    "rasterize_triangles": lambda: check_triangles(
+        unseen(4, 3), unseen(2, 3, dtype=torch.int64), unseen(1, 4, 4), unseen(1, 3, 3), 8, 8, 1.0,
+        None,
+    ),
+    "rownorm_colsq": lambda: rownorm_colsq(unseen(4, 3)),
+    "ssim": lambda: ssim(unseen(8, 8, 3), unseen(8, 8, 3)),
+    "wanda_mask": lambda: wanda_mask(unseen(4, 3), unseen(2, 3), unseen(2, 3), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", CHECKS)
+def test_checks_do_not_wait_for_other_devices(monkeypatch, op):
+    monkeypatch.delenv("GENCOMPRESS_CHECK")
+    CHECKS[op]()
+    monkeypatch.setenv("GENCOMPRESS_CHECK", "1")
+    # the first two look at no values, the third behind the rule for shapes, which is what runs here
+    if op not in ("rownorm_colsq", "ssim", "compact"):
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            CHECKS[op]()
 
 
 def test_last_is_a_copy():

@@ -10,8 +10,12 @@ from gencompress_kernels.adam_rows import adam_rows_
 from gencompress_kernels.compact import gather_rows, kept_indices
 from gencompress_kernels.composite import composite, transmittance
 from gencompress_kernels.hashgrid_encode import hashgrid_encode, hashgrid_levels
+from gencompress_kernels.march_rays import march_rays
+from gencompress_kernels.merge_splats import Blobs, energies, splat_merge_costs
+from gencompress_kernels.rownorm_colsq import rownorm_colsq
 from gencompress_kernels.ssim import ssim
 from gencompress_kernels.token_merge import compact_tokens, match_tokens, recover_tokens
+from gencompress_kernels.wanda_mask import wanda_mask
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 BOTH = ("reference", "triton")
@@ -187,6 +191,88 @@ def test_no_points(g):
     features = hashgrid_encode(torch.zeros(0, 3), table, levels, backend="triton")[0]
     assert features.shape == (0, 4)
     assert not torch.autograd.grad(features.sum(), table)[0].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 35, 7), (33, 150), (0, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rownorm(g, shape, dtype):
+    rows = (100 * torch.randn((*shape, 2), generator=g)).to(dtype)[..., 0]
+    if shape[-2]:
+        rows[..., 0, :] = 0
+    ((found, expected),) = on_both(lambda b: [rownorm_colsq(rows, backend=b)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 37), (2, 1100)], ids=str)
+def test_wanda(g, shape):
+    """With ties that reach over the cut, in blocks of columns and across them."""
+    weight = torch.randn(shape, generator=g)
+    target, base = torch.rand(2, 2, shape[1], generator=g).unbind()
+    for tied in (weight, target):
+        tied[:, 5:30] = tied[:, shape[1] - 4 :] = tied[:, :1]
+    base[:, 5:30] = base[:, -4:] = 0
+    for count in (1, 9, shape[1] // 2, shape[1]):
+        for least in (1, 2):
+            options = dict(least=least)
+            ((found, expected),) = on_both(
+                lambda b, c=count, o=options: [wanda_mask(weight, target, base, c, **o, backend=b)]
+            )
+            assert torch.equal(found, expected)
+    assert found.any() and not found.all()
+
+
+def test_wanda_of_the_smallest_numbers():
+    weight, ones = torch.tensor([[1e-42, 2e-42, 0.0, 1e-45, -0.0]]), torch.ones(1, 5)
+    for count in range(1, 6):
+        ((found, expected),) = on_both(
+            lambda b, c=count: [wanda_mask(weight, ones, 0 * ones, c, backend=b)]
+        )
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(step=0.07),
+        dict(step=0.05, near=1.3, far=2.9),
+        dict(step=0.04, most=5),
+        dict(step=0.03, cone=0.05),
+        dict(step=0.2, far=8.0, contracted=True),
+        dict(step=0.05, cone=0.1, near=0.1, far=100.0, contracted=True),
+    ],
+    ids=str,
+)
+def test_march(g, case):
+    origins, goals = torch.randn(40, 3, generator=g) * 2, torch.randn(40, 3, generator=g) * 0.4
+    directions = torch.nn.functional.normalize(goals - origins, dim=1)
+    origins[0], directions[0] = torch.tensor([-2.0, 0, 0]), torch.tensor([1.0, 0, 0])
+    directions[1], origins[2, 0], directions[3, 1] = 0, torch.nan, torch.inf
+    rays = origins, directions, torch.rand(40, generator=g)
+    grid = torch.rand(7, 7, 7, generator=g) < 0.4
+    box = torch.tensor([[-1.0, -1.5, -0.7], [1.2, 0.5, 0.8]])
+    for found, expected in on_both(lambda b: march_rays(*rays, grid, box, **case, backend=b)):
+        assert torch.equal(found, expected) and len(found) > 20
+    for few, cells in ((rays, torch.zeros_like(grid)), ([t[:0] for t in rays], grid)):
+        pairs = on_both(lambda b, f=few, c=cells: march_rays(*f, c, box, **case, backend=b))
+        assert all(torch.equal(found, expected) for found, expected in pairs)
+
+
+@pytest.mark.parametrize("bands", [1, 4])
+def test_merge_costs(g, bands):
+    half = torch.randn(40, 3, 3, generator=g).double() * 0.1
+    full = half @ half.mT
+    full[0] = 0  # a point
+    blobs = Blobs(
+        torch.randn(40, 3, generator=g).double() * 0.15,
+        torch.stack([full[:, i, j] for i in range(3) for j in range(i, 3)], -1),
+        torch.rand(40, generator=g).double(),
+        torch.randn(40, 3 * bands, generator=g).double(),
+    )
+    pairs = torch.randint(0, 40, (150, 2), generator=g)
+    ((found, expected),) = on_both(lambda b: [splat_merge_costs(blobs, pairs, backend=b)])
+    # cancellation: a cost is a small difference of energies; a point counts as an area of 1e-15
+    assert ((found - expected).abs() <= 1e-12 * energies(blobs)[pairs].sum(1) + 1e-14).all()
+    assert splat_merge_costs(blobs, pairs[:0], backend="triton").shape == (0,)
 
 
 def test_float64_is_refused():

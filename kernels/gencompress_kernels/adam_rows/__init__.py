@@ -97,7 +97,7 @@ def _rates(rate: float | Tensor, values: Tensor) -> Tensor:
             f"rate is {rate.dtype} {tuple(rate.shape)}, expected a number or {values.dtype} "
             f"({columns},), one for each column"
         )
-    if not bool(((rate >= 0) & rate.isfinite()).all()):
+    if dispatch.looks(rate) and not bool(((rate >= 0) & rate.isfinite()).all()):
         raise ValueError(f"rate {rate.tolist()}: expected finite numbers >= 0")
     return rate.detach()
 

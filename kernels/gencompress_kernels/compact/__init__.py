@@ -30,7 +30,8 @@ def gather_rows(
     `rows` is a keep mask (bool [N]) or indices (int64 [K], each in 0..N-1, repeats allowed). Any
     dtype. Differentiable with respect to floating tensors; a repeated row sums its gradients.
 
-    Raises ValueError where sizes, devices or dtypes do not fit, or an index is out of range.
+    Raises ValueError where sizes, devices or dtypes do not fit, or, where `dispatch.looks`, an
+    index is out of range.
     """
     if not tensors:
         return []
@@ -57,7 +58,7 @@ def gather_rows(
 
 @torch.library.custom_op("gencompress::gather_rows", mutates_args=())
 def _gather(tensors: list[Tensor], rows: Tensor, backend: str | None) -> list[Tensor]:
-    if rows.numel():
+    if rows.numel() and dispatch.looks(rows):
         low, high = (int(end) for end in rows.aminmax())
         if low < 0 or high >= len(tensors[0]):
             raise ValueError(f"rows from {low} to {high}, expected 0 to {len(tensors[0]) - 1}")

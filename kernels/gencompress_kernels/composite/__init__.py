@@ -46,7 +46,8 @@ def composite(
         Deterministic at any number of threads.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or packed reaches outside the samples.
+        ValueError: shapes, dtypes or devices do not fit, or, where `dispatch.looks`, packed reaches
+            outside the samples.
         BackendUnavailable: the backend that was asked for cannot run here.
     """
     _check(densities, steps, packed, colors=colors, distances=distances)
@@ -99,7 +100,9 @@ def _check(densities: Tensor, steps: Tensor, packed: Tensor, **others: Tensor) -
 
 def _check_range(packed: Tensor, num: int) -> None:
     """Kernels read and write where `packed` points."""
-    if packed.numel() and not (int(packed.min()) >= 0 and int(packed.sum(1).max()) <= num):
+    if not packed.numel() or not dispatch.looks(packed):
+        return
+    if not (int(packed.min()) >= 0 and int(packed.sum(1).max()) <= num):
         raise ValueError(f"packed: a ray reaches outside the {num} samples, or has fewer than none")
 
 

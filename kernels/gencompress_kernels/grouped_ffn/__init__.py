@@ -54,7 +54,8 @@ def grouped_ffn(
     For a backward the pre-activations are kept, [P, the most rows of w1 an expert has].
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or on the CPU an expert that is not there.
+        ValueError: shapes, dtypes or devices do not fit, or, where `dispatch.looks`, an expert that
+            is not there.
         BackendUnavailable: the backend that was asked for cannot run here.
     """
     x, *weights = _as_autocast(x, experts.w1, experts.w2, experts.b1, experts.b2)
@@ -84,7 +85,8 @@ def grouped_linear(
     Differentiable once in x, weights and biases.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or on the CPU `starts` is no such thing.
+        ValueError: shapes, dtypes or devices do not fit, or, where `dispatch.looks`, `starts` is no
+            such thing.
         BackendUnavailable: the backend that was asked for cannot run here.
     """
     x, weight, bias = _as_autocast(x, linears.weight, linears.bias)
@@ -158,7 +160,7 @@ def _ffn(
     and starts [E + 1]."""
     run = dispatch.pick("grouped_ffn", x.device, backend).forward
     num = len(offsets) - 1
-    if x.device.type == "cpu" and expert.numel():
+    if expert.numel() and dispatch.looks(expert):
         low, high = (int(end) for end in expert.aminmax())
         if low < 0 or high >= num:
             raise ValueError(f"experts from {low} to {high}, expected 0 to {num - 1}")
@@ -302,7 +304,7 @@ def _linear(
 ) -> Tensor:
     """`sizes` are N_0, K_0, N_1, K_1, ..."""
     run = dispatch.pick("grouped_ffn", x.device, backend).linear
-    if x.device.type == "cpu":
+    if dispatch.looks(starts):
         ends = starts.tolist()
         if ends[0] != 0 or ends[-1] != len(x) or any(low > high for low, high in pairwise(ends)):
             raise ValueError(f"starts {ends}, expected rising from 0 to the {len(x)} rows of x")

@@ -28,7 +28,8 @@ def splat_merge_costs(blobs: Blobs, pairs: Tensor, *, backend: str | None = None
         float64 [E], >= 0, in world units squared (times squared colour).
 
     Raises:
-        ValueError: wrong shape or dtype, a value that is not finite, an index out of range.
+        ValueError: wrong shape or dtype, or, where `dispatch.looks`, a value that is not finite or
+            an index out of range.
         BackendUnavailable: the backend that was asked for cannot run here.
     """
     num = blobs.means.shape[0]
@@ -38,11 +39,12 @@ def splat_merge_costs(blobs: Blobs, pairs: Tensor, *, backend: str | None = None
             raise ValueError(
                 f"{name}: got {tensor.dtype} {tuple(tensor.shape)}, expected float64 {shape}"
             )
-        if not bool(tensor.isfinite().all()):
+        if dispatch.looks(tensor) and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name}: has values that are not finite")
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
         raise ValueError(f"pairs: got {pairs.dtype} {tuple(pairs.shape)}, expected int64 (E, 2)")
-    if pairs.numel() and not (int(pairs.min()) >= 0 and int(pairs.max()) < num):
+    seen = pairs.numel() and dispatch.looks(pairs)
+    if seen and (int(pairs.min()) < 0 or int(pairs.max()) >= num):
         raise ValueError(f"pairs: an index lies outside 0 to {num - 1}")
     run = dispatch.pick("merge_splats", blobs.means.device, backend).costs
     return run(Blobs(*(field.contiguous() for field in blobs)), pairs.contiguous())

@@ -65,7 +65,7 @@ def rasterize_splats(
     Statistics have N rows if asked for, else 0 rows. Deterministic, whatever the thread count.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or an input is not finite.
+        ValueError: shapes or dtypes do not fit, or, where `dispatch.looks`, an input is not finite.
         BackendUnavailable: the backend that was asked for cannot run here.
     """
     check_inputs(means, quats, scales, opacities, sh, viewmats, intrinsics, width, height)

@@ -14,10 +14,17 @@ from torch import Tensor
 
 from gencompress_kernels.nvrtc import Kernel, blocks_of, kernel, long
 from gencompress_kernels.rasterize_splats import reference
+from gencompress_kernels.rasterize_splats.lists import (
+    bounds_of,
+    camera_place,
+    ranked,
+    tiles_of,
+    view_slope,
+)
 from gencompress_kernels.rasterize_splats.reference import Drawn, Gradients, Incoming, Shot
 
-TILE, THREADS = 16, 256
-RECORD, DEPTH = 16, 9  # floats of a record; which of them is the depth
+THREADS = 256
+RECORD = 16  # floats of a record
 SUMS, SUMS_ABSOLUTE = 10, 12
 NAMES = (
     "NEAR", "BLUR", "FRUSTUM_MARGIN", "MIN_DETERMINANT", "MAX_VARIANCE", "MIN_COMPENSATION",
@@ -121,15 +128,9 @@ def project(shot: Shot) -> Tensor:
     return records
 
 
-def camera_place(viewmat: Tensor) -> Tensor:
-    """float32 [3]: the centre of the camera in the world, -R^T t."""
-    turn, move = viewmat[:3, :3].double(), viewmat[:3, 3].double()
-    return -(turn * move[:, None]).sum(0).float()
-
-
 def tile_lists(records: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
     """Which splats each tile blends, nearest first: offsets int64 [tiles + 1], and pairs int32."""
-    count, across, down = len(records), -(-width // TILE), -(-height // TILE)
+    count, (across, down) = len(records), tiles_of(width, height)
     grid = blocks_of(count, THREADS)
     counts = torch.empty(count, dtype=torch.int64, device=records.device)
     _count_tiles(grid, THREADS, records, counts, long(count), across, down)
@@ -139,25 +140,6 @@ def tile_lists(records: Tensor, width: int, height: int) -> tuple[Tensor, Tensor
     sizes = long(count), across, down
     _list_tiles(grid, THREADS, records, nearest, ends, tiles, splats, *sizes)
     return bounds_of(tiles, splats, across * down)
-
-
-def ranked(records: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Splats nearest first, where the pairs of each end, and how many there are."""
-    nearest = records[:, DEPTH].contiguous().sort(stable=True).indices
-    ends = counts[nearest].cumsum(0)
-    return nearest, ends, int(ends[-1]) if len(ends) else 0
-
-
-def bounds_of(keys: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values in the order of their keys, 0 to count - 1, and where each key begins and ends."""
-    ranked = keys.sort(stable=True)
-    every = torch.arange(count + 1, dtype=keys.dtype, device=keys.device)
-    return torch.searchsorted(ranked.values, every), values[ranked.indices]
-
-
-def tiles_of(width: int, height: int) -> tuple[int, int]:
-    """The grid of a picture, a block a tile."""
-    return -(-width // TILE), -(-height // TILE)
 
 
 def draw(
@@ -186,17 +168,3 @@ def by_splat(pairs: Tensor, slots: Tensor, count: int, largest: int = -1) -> Ten
         slots.shape[1], largest,
     )  # fmt: skip
     return sums
-
-
-def view_slope(viewmat: Tensor, pose: Tensor | None) -> Tensor:
-    """float32 [4, 4]: the gradient by the view matrix; 0 unless it was asked for."""
-    view = torch.zeros_like(viewmat, dtype=torch.float64)
-    if pose is None:
-        return view.float()
-    total = pose.sum(0, dtype=torch.float64)
-    view[:3] = total[:12].view(3, 4)
-    # the camera's place -R^T t turns the harmonics
-    turn, move = viewmat[:3, :3].double(), viewmat[:3, 3].double()
-    view[:3, :3] -= move[:, None] * total[12:]
-    view[:3, 3] -= (turn * total[12:]).sum(1)
-    return view.float()

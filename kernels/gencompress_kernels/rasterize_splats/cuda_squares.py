@@ -14,8 +14,8 @@ from gencompress_kernels.rasterize_splats.cuda import (
     draw,
     project,
     tile_lists,
-    tiles_of,
 )
+from gencompress_kernels.rasterize_splats.lists import tiles_of
 from gencompress_kernels.rasterize_splats.moments import WEIGHT, columns
 from gencompress_kernels.rasterize_splats.reference import Shot
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gencompress_kernels import dispatch
+
 
 def check_inputs(
     means: Tensor,
@@ -47,19 +49,21 @@ def check_cameras(
         raise ValueError(f"picture of {width} x {height} px, expected 1 to 32768 each way")
     check_tensor("viewmats", viewmats, (cameras, 4, 4), like)
     check_tensor("intrinsics", intrinsics, (cameras, 3, 3), like)
-    if not bool((intrinsics.diagonal(dim1=1, dim2=2)[:, :2] > 0).all()):
+    lengths = intrinsics.diagonal(dim1=1, dim2=2)[:, :2]
+    if dispatch.looks(lengths) and not bool((lengths > 0).all()):
         raise ValueError("intrinsics: a focal length is not above 0")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """ValueError unless of this shape, finite, and of the dtype and device of `like`."""
+    """ValueError unless of this shape, of the dtype and device of `like`, and, where
+    `dispatch.looks`, finite."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: got {tuple(tensor.shape)}, expected {shape}")
     if tensor.dtype != like.dtype or tensor.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name}: got {tensor.dtype}, expected float32 (as all inputs)")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, means on {like.device}")
-    if not torch.isfinite(tensor).all():
+    if dispatch.looks(tensor) and not bool(tensor.isfinite().all()):
         raise ValueError(f"{name}: has values that are not finite")
 
 

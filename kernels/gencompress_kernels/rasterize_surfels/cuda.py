@@ -11,7 +11,14 @@ from torch import Tensor
 
 from gencompress_kernels.nvrtc import blocks_of, kernel, long
 from gencompress_kernels.rasterize_splats import cuda as splats
-from gencompress_kernels.rasterize_splats.cuda import THREADS, TILE, by_splat, camera_place
+from gencompress_kernels.rasterize_splats.cuda import THREADS, by_splat
+from gencompress_kernels.rasterize_splats.lists import (
+    bounds_of,
+    camera_place,
+    ranked,
+    tiles_of,
+    view_slope,
+)
 from gencompress_kernels.rasterize_surfels import reference
 from gencompress_kernels.rasterize_surfels.reference import Drawn, Gradients, Pictures, Shot
 
@@ -37,7 +44,7 @@ def forward(shot: Shot, background: Tensor, statistics: bool) -> Drawn:
     images = [records.new_empty(*shape, *((3,) if k in (0, 4) else ())) for k in range(6)]
     slots = records.new_zeros(len(pairs) if statistics else 0, 4)
     (_blend_counted if statistics else _blend)(
-        splats.tiles_of(shot.width, shot.height), THREADS, records, offsets, pairs, background,
+        tiles_of(shot.width, shot.height), THREADS, records, offsets, pairs, background,
         shot.width, shot.height, *images, slots,
     )  # fmt: skip
     totals = by_splat(pairs, slots, len(records), 1).float() if statistics else slots
@@ -59,7 +66,7 @@ def backward(
     slots = records.new_zeros(len(pairs), columns)
     slopes = [tensor.contiguous() if tensor.numel() else None for tensor in incoming]
     (_slopes_absolute if absolute else _slopes)(
-        splats.tiles_of(shot.width, shot.height), THREADS, records, offsets, pairs, drawn.colors,
+        tiles_of(shot.width, shot.height), THREADS, records, offsets, pairs, drawn.colors,
         drawn.alphas, drawn.depths, drawn.normals, drawn.distortions, *slopes, shot.width,
         shot.height, slots,
     )  # fmt: skip
@@ -72,7 +79,7 @@ def backward(
         *outputs, probe, pose, long(len(records)), shot.sh.shape[1], columns, shot.width,
         shot.height,
     )  # fmt: skip
-    view = splats.view_slope(shot.viewmat, pose)
+    view = view_slope(shot.viewmat, pose)
     return Gradients(*(*outputs, view, probe))
 
 
@@ -86,12 +93,12 @@ def _listed(shot: Shot) -> tuple[Tensor, Tensor, Tensor]:
         blocks_of(count, 128), 128, *shot[:7], camera_place(shot.viewmat), records, boxes,
         long(count), shot.sh.shape[1], shot.width, shot.height,
     )  # fmt: skip
-    sizes = long(count), -(-shot.width // TILE), -(-shot.height // TILE)
+    sizes = long(count), *tiles_of(shot.width, shot.height)
     grid = blocks_of(count, THREADS)
     counts = torch.empty(count, dtype=torch.int64, device=records.device)
     _count_tiles(grid, THREADS, records, boxes, counts, *sizes)
-    nearest, ends, total = splats.ranked(records, counts)
+    nearest, ends, total = ranked(records, counts)
     tiles = torch.empty(total, dtype=torch.int32, device=records.device)
     surfels = torch.empty_like(tiles)
     _list_tiles(grid, THREADS, records, boxes, nearest, ends, tiles, surfels, *sizes)
-    return records, *splats.bounds_of(tiles, surfels, sizes[1] * sizes[2])
+    return records, *bounds_of(tiles, surfels, sizes[1] * sizes[2])

@@ -71,8 +71,8 @@ def silhouettes(
         give the same bits at any number of threads; torch's products with the cameras may not.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, values are not finite, a face names a
-            vertex that is not there.
+        ValueError: shapes, dtypes or devices do not fit, or, where `dispatch.looks`, values are not
+            finite or a face names a vertex that is not there.
         BackendUnavailable: the backend that was asked for cannot run here.
     """
     _check(vertices, faces, viewmats, intrinsics, width, height, sigma, near)
@@ -120,8 +120,10 @@ def face_coverage(
     height, width = masks.shape[1:]
     _check(vertices, faces, viewmats, intrinsics, width, height, sigma, near)
     check_tensor("masks", masks, (len(viewmats), height, width), vertices)
-    if masks.numel() and not (float(masks.min()) >= 0 and float(masks.max()) <= 1):
-        raise ValueError(f"masks from {float(masks.min())} to {float(masks.max())}, not in [0, 1]")
+    if masks.numel() and dispatch.looks(masks):
+        low, high = (float(end) for end in masks.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"masks from {low} to {high}, not in [0, 1]")
     parts = []
     for some in _views(len(viewmats), max(len(faces), len(vertices))):
         screen = project(vertices, faces, viewmats[some], intrinsics[some], near)
@@ -175,18 +177,18 @@ def _check(
         raise ValueError(f"near {near}: expected a depth above 0")
     check_tensor("vertices", vertices, (vertices.shape[0], 3), vertices)
     check_cameras(viewmats, intrinsics, width, height, vertices)
-    if vertices.numel() and float(vertices.detach().abs().max()) > FARTHEST:
-        raise ValueError(
-            f"vertices reach {float(vertices.detach().abs().max()):.0e}, at most 1e18 fit"
-        )
+    if vertices.numel() and dispatch.looks(vertices):
+        reach = float(vertices.detach().abs().max())
+        if reach > FARTHEST:
+            raise ValueError(f"vertices reach {reach:.0e}, at most 1e18 fit")
     if faces.ndim != 2 or faces.shape[1] != 3 or faces.dtype != torch.int64:
         raise ValueError(f"faces: got {faces.dtype} {tuple(faces.shape)}, expected int64 [F, 3]")
     if faces.device != vertices.device:
         raise ValueError(f"faces are on {faces.device}, vertices on {vertices.device}")
-    if faces.numel() and not 0 <= int(faces.min()) <= int(faces.max()) < len(vertices):
-        raise ValueError(
-            f"faces name vertices {int(faces.min())} to {int(faces.max())} of {len(vertices)}"
-        )
+    if faces.numel() and dispatch.looks(faces):
+        low, high = (int(end) for end in faces.aminmax())
+        if low < 0 or high >= len(vertices):
+            raise ValueError(f"faces name vertices {low} to {high} of {len(vertices)}")
 
 
 def _views(count: int, rows: int) -> list[slice]:

@@ -14,7 +14,8 @@ def select_top(scores: Tensor, count: int, *, backend: str | None = None) -> Ten
     Equal scores, 0.0 and -0.0 among them, go to the lower index, so every backend gives the same
     mask. Infinities rank as they should. No gradient.
 
-    Raises ValueError for NaN, another dtype or shape, or a count outside 0..N.
+    Raises ValueError for another dtype or shape, a count outside 0..N, or, where `dispatch.looks`,
+    NaN; elsewhere NaN ranks by its bits.
     """
     _check(scores, count, 0)
     keep: Tensor = _select(scores.detach(), count, backend)[0]
@@ -43,7 +44,7 @@ def _check(scores: Tensor, count: int, least: int) -> None:
 @torch.library.custom_op("gencompress::select", mutates_args=())
 def _select(scores: Tensor, count: int, backend: str | None) -> tuple[Tensor, Tensor]:
     # the maximum passes a NaN on, in one pass without memory
-    if scores.shape[0] and bool(scores.max().isnan()):
+    if scores.shape[0] and dispatch.looks(scores) and bool(scores.max().isnan()):
         raise ValueError("scores hold NaN: cannot be ranked")
     scores = scores.contiguous()
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)

@@ -29,8 +29,8 @@ def wanda_mask(
         target, base: [S, I], at least 0: norms of the columns of a layer's input.
         count: 0 to I.
 
-    Raises ValueError for shapes or types that do not fit, `least` below 1, or values that are not
-    finite (norms: or negative).
+    Raises ValueError for shapes or types that do not fit, `least` below 1, or, where
+    `dispatch.looks`, values that are not finite (norms: or negative).
     """
     _check(weight, target, base, count, least)
     norms = [part.detach().float().contiguous() for part in (target, base)]
@@ -49,6 +49,8 @@ def _check(weight: Tensor, target: Tensor, base: Tensor, count: int, least: int)
         raise ValueError(
             f"count {count}, least {least}: expected 0 to {weight.shape[1]}, and 1 or more"
         )
+    if not dispatch.looks(weight):
+        return
     if not all(bool(part.isfinite().all()) for part in tensors):
         raise ValueError("weight or norms hold NaN or infinity: cannot be ranked")
     if bool((target < 0).any()) or bool((base < 0).any()):
