@@ -2,8 +2,8 @@
 
     python tools/gpu_check.py [--json FILE]
 
-Made data only, under 7 minutes. The file is written after each part, so a crash keeps what ran.
-Without a CUDA device it says so and exits with 0.
+Made data only, under 7 minutes. The file is written after each part and each row, so a crash keeps
+what ran. Without a CUDA device it says so, prints what it would run, and exits with 0.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
 from gencompress_kernels import dispatch
+from gpu_cases import CASES, Case
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_SECONDS = 240
-BENCH_SECONDS = 60  # of all benchmarks
+BENCH_SECONDS, ROW_SECONDS = 150, 3  # of all benchmarks, of one
 GPU = ("cuda", "triton")
+# of an H100 SXM: bytes a second, and operations a second in bfloat16 without sparsity
+MEMORY, PRODUCTS = 3.35e12, 989e12
 
 
 def device() -> dict[str, object] | None:
@@ -60,17 +64,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def test_command(report: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "pytest", str(ROOT / "tests" / "gencompress_kernels"), "-q",
+        "-k", " or ".join(GPU), f"--junitxml={report}",
+    ]  # fmt: skip
+
+
 def run_tests() -> dict[str, object]:
     """Outcome of each kernel test on a GPU backend, with the reason of each skip."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [
-            sys.executable, "-m", "pytest", str(ROOT / "tests" / "gencompress_kernels"), "-q",
-            "-k", " or ".join(GPU), f"--junitxml={report}",
-        ]  # fmt: skip
         try:
             done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_SECONDS
+                test_command(report), cwd=ROOT, capture_output=True, text=True, timeout=TEST_SECONDS
             )
         except subprocess.TimeoutExpired:
             return {"error": f"not finished after {TEST_SECONDS} s", "tests": []}
@@ -90,59 +97,67 @@ def _outcome(case: ElementTree.Element) -> dict[str, object]:
     return found | {"seconds": float(case.get("time", 0))}
 
 
-def run_benches() -> list[dict[str, object]]:
-    """Milliseconds of each op on each backend that can run it on the card, the median of 20."""
-    from gencompress_kernels.compact import gather_rows
-    from gencompress_kernels.rasterize_splats import rasterize_splats
-    from gencompress_kernels.select import select_top
-
-    g = torch.Generator().manual_seed(0)
-    scores = torch.randn(4_000_000, generator=g).cuda()
-    arrays = [torch.randn(1_000_000, n, generator=g).cuda() for n in (3, 4, 3, 1, 48)]
-    keep = (torch.rand(1_000_000, generator=g) < 0.5).cuda()
-    scene = [
-        torch.randn(2000, 3, generator=g) * 0.8 + torch.tensor([0.0, 0.0, 4.0]),
-        torch.randn(2000, 4, generator=g),
-        torch.exp(torch.randn(2000, 3, generator=g) * 0.4 - 3.5),
-        torch.rand(2000, generator=g),
-        torch.randn(2000, 1, 3, generator=g),
-        torch.eye(4)[None],
-        torch.tensor([[[250.0, 0, 128], [0, 250, 128], [0, 0, 1]]]),
+def plan() -> list[dict[str, object]]:
+    """Each op with a GPU backend on each backend, with the reason of those that cannot run."""
+    return [
+        {"op": op, "backend": backend, "skipped": dispatch.why_not(op, backend, "cuda")}
+        for op in CASES
+        for backend in dispatch.BACKENDS
+        if backend != "cpu" and any(is_written(op, name) for name in GPU)
     ]
-    scene = [tensor.cuda() for tensor in scene]
-    ops = {
-        "select": ("top half of 4M", lambda b: select_top(scores, 2_000_000, backend=b)),
-        "compact": ("half of 1M x 59", lambda b: gather_rows(arrays, keep, backend=b)),
-        "rasterize_splats": (
-            "2k splats 256x256",
-            lambda b: rasterize_splats(*scene, 256, 256, backend=b),
-        ),
-    }
-    rows, end = [], time.monotonic() + BENCH_SECONDS
-    for op, (what, run) in ops.items():
-        for backend in dispatch.BACKENDS:
-            entry: dict[str, object] = {"op": op, "backend": backend, "what": what}
-            reason = dispatch.why_not(op, backend, "cuda")
-            if reason or time.monotonic() > end:
-                rows.append(entry | {"skipped": reason or "out of time"})
-                continue
-            rows.append(entry | _milliseconds(lambda r=run, b=backend: r(b)))
-    return rows
 
 
-def _milliseconds(run) -> dict[str, object]:
-    try:
-        times = []
-        for _ in range(23):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
-            times.append(1000 * (time.perf_counter() - start))
-    except Exception as error:  # one backend that breaks must not lose the other rows
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
-    times = sorted(times[3:])  # the first calls compile
-    return {"ms": round(times[10], 3), "low": round(times[0], 3), "high": round(times[-1], 3)}
+def is_written(op: str, backend: str) -> bool:
+    return dispatch.why_not(op, backend, "cuda") != "not written yet"
+
+
+def run_benches(
+    rows: list[dict[str, object]],
+    save: Callable[[], None],
+    place: str = "cuda",
+    shrink: int = 1,
+    seconds: float = BENCH_SECONDS,
+) -> None:
+    """Adds to each row of the plan the milliseconds of a call, the median of up to 20, and the
+    floor of an H100; saves after each. One that breaks does not lose the others."""
+    end, made, case = time.monotonic() + seconds, "", None
+    for row in rows:
+        if row["skipped"]:
+            continue
+        if time.monotonic() > end:
+            row["skipped"] = "out of time"
+            continue
+        try:
+            if made != row["op"]:
+                case = None  # frees the last one before the next is made
+                case, made = CASES[row["op"]](place, shrink), row["op"]
+            row |= {"what": case.what, "floor_ms": round(floor(case), 4)}
+            row |= milliseconds(lambda c=case, b=row["backend"]: c.run(b), place)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:500]
+        save()
+
+
+def floor(case: Case) -> float:
+    """Milliseconds of an H100, by its memory or its matrix products."""
+    return 1000 * max(case.bytes / MEMORY, case.operations / PRODUCTS)
+
+
+def milliseconds(run: Callable[[], object], place: str) -> dict[str, object]:
+    """The first calls compile; past ROW_SECONDS there are fewer, at least one."""
+    wait = torch.cuda.synchronize if place == "cuda" else lambda: None
+    times, end = [], None
+    while len(times) < 23 and (len(times) < 4 or time.monotonic() < end):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append(1000 * (time.perf_counter() - start))
+        end = end or time.monotonic() + ROW_SECONDS
+    times = sorted(times[3:])
+    middle = times[len(times) // 2]
+    numbers = {"ms": middle, "low": times[0], "high": times[-1]}
+    return {name: round(value, 3) for name, value in numbers.items()} | {"repeats": len(times)}
 
 
 def main() -> int:
@@ -155,12 +170,18 @@ def main() -> int:
         args.json.write_text(json.dumps(result, indent=1))
 
     save()
+    result["benches"] = plan()
     if result["device"] is None:
-        print(f"no CUDA device: nothing to check ({args.json})")
+        save()
+        print(f"no CUDA device: nothing to check ({args.json}); with one this would run")
+        print(" ".join(test_command(Path("junit.xml"))))
+        for row in result["benches"]:
+            if row["skipped"] != "not written yet":
+                print(f"{row['op']} on {row['backend']}")
         return 0
     result["tests"] = run_tests()
     save()
-    result["benches"] = run_benches()
+    run_benches(result["benches"], save)
     save()
     outcomes = [test["outcome"] for test in result["tests"]["tests"]]
     print({kind: outcomes.count(kind) for kind in sorted(set(outcomes))}, args.json)
