@@ -167,6 +167,15 @@ def verify(artifact: Artifact) -> list[str]:
     return problems
 
 
+def is_made(folder: str | Path, recipe: Recipe) -> bool:
+    """Whether a folder is the artifact of this recipe, with every file as it was written."""
+    try:
+        artifact = read_artifact(folder)
+    except FormatError:
+        return False
+    return artifact.manifest["recipe"] == _plain(to_dict(recipe)) and not verify(artifact)
+
+
 def read_masks(artifact: Artifact) -> dict[str, Mask]:
     """The keep masks by name. Raises FormatError where the file is missing or does not fit."""
     from gencompress.core.mask import Mask, unpack
@@ -334,7 +343,7 @@ def _read_measurements(path: Path) -> list[Measurement]:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) is int or (type(value) is float and math.isfinite(value))
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

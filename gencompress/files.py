@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
+import io
+import math
 import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 class FormatError(ValueError):
@@ -59,6 +69,92 @@ def writing(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise _named(problem, path, holder) from problem
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def sweep(path: Path) -> None:
+    """Removes what processes left beside `path` that were killed within `writing`. Only for one who
+    knows that nobody else is writing there."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps `path` for this block alone, by a lock on the file `path`.lock, which the block's end
+    removes. If the process dies, the system lets go of the lock. On Windows nothing is locked.
+
+    Raises:
+        FileExistsError: another block holds it, of this process or of the one it names.
+        FileNotFoundError: the folder that should hold `path` does not exist.
+    """
+    if fcntl is None:
+        yield
+        return
+    lock = path.with_name(f"{path.name}.lock")
+    file = _lock(path, lock)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: who opened it just now will see that
+        os.close(file)
+
+
+def _lock(path: Path, lock: Path) -> int:
+    """The descriptor of the lock file, held."""
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            number = os.read(file, 20).decode("ascii", "replace").strip() or "unknown"
+            os.close(file)
+            raise FileExistsError(
+                f"{path}: another run works there (process {number}); wait for it, or choose "
+                "another output"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), lock.stat()):
+                os.ftruncate(file, 0)
+                os.write(file, f"{os.getpid()}\n".encode())
+                return file
+        os.close(file)  # whoever held it has removed it since
+
+
+def read_arrays(path: Path, most: int) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file by name, each held against its size in the archive before memory
+    is taken for it. Pickles are not opened; other members are left out.
+
+    Raises:
+        FormatError: not a whole .npz file, or one of more than `most` bytes.
+        OSError: the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                total = sum(member.file_size for member in members)
+                if total > most:
+                    raise FormatError(path, f"its arrays take {total:,} bytes, more than {most:,}")
+                found = {m.filename.removesuffix(".npy"): archive.read(m) for m in members}
+            return {n: _array(data) for n, data in found.items() if data[:6] == b"\x93NUMPY"}
+        except FormatError:
+            raise
+        except Exception as problem:  # a broken archive raises a dozen different types
+            raise FormatError(path, f"not a readable .npz file ({problem})") from None
+
+
+def _array(data: bytes) -> NDArray[Any]:
+    """The array in the bytes of an .npy file. Raises ValueError, or what a broken header raises."""
+    import numpy as np
+
+    stream = io.BytesIO(data)
+    first, _ = np.lib.format.read_magic(stream)
+    readers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    shape, turned, dtype = readers[first](stream)
+    body = bytearray(data[stream.tell() :])
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(body) or min((0, *shape)) < 0:
+        raise ValueError(f"{dtype} {shape} in {len(body)} bytes; pickled objects are not opened")
+    return np.ndarray(shape, dtype, body, order="F" if turned else "C")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

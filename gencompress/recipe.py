@@ -76,7 +76,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: cannot be read: {problem.strerror}") from None
     except RecipeError as problem:
         raise RecipeError(f"{path}: {problem}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as problem:
+    except (ValueError, RecursionError) as problem:  # numbers of thousands of digits among them
         raise RecipeError(f"{path}: not a TOML file: {problem}") from None
 
 
@@ -116,7 +116,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 def _value(text: str) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text
     # dates and second lines are TOML too, but nothing a setting holds
     return parsed["value"] if len(parsed) == 1 and _is_plain(parsed["value"]) else text

@@ -23,7 +23,7 @@ from gencompress.artifact import (
     write_artifact,
 )
 from gencompress.core.budget import parse_budget
-from gencompress.files import writing
+from gencompress.files import locked, sweep, writing
 from gencompress.measure import Measurement
 from gencompress.recipe import Recipe, RecipeError, config_from, from_dict
 from gencompress.scenes import companions, resolve
@@ -36,6 +36,7 @@ METHODS = {
     "optiprune": "gencompress.t2i.optiprune",
     "aptp": "gencompress.t2i.aptp",
     "dense2moe": "gencompress.t2i.dense2moe",
+    "dori": "gencompress.t2i.dori",
 }
 # what makes a model in the first place, offering the same names
 FITS = {
@@ -46,13 +47,12 @@ FITS = {
 # what is kept where nobody says how much: of a mesh, all that is right; 100% takes no smaller share
 KEEP = {
     "compress": {
-        "splat": "50%",
-        "mesh": "100%",
-        "nerf": "5%",
+        **{"splat": "50%", "mesh": "100%", "nerf": "5%"},
         "prune": "0.7xMACs",
         "optiprune": "50%",
         "aptp": "0.7xMACs",
         "dense2moe": "70%active",
+        "dori": "99%",
     },
     "fit": {"splat": "100%", "mesh": "100%", "nerf": "5%"},
 }
@@ -105,7 +105,7 @@ def run(
     Raises:
         RecipeError: a setting is wrong.
         FormatError: an input file is.
-        FileExistsError: `out` exists and `overwrite` is False, or holds the input.
+        FileExistsError: `out` exists and `overwrite` is False, holds the input, or is being made.
         FileNotFoundError: there is no such target, or no folder to hold `out`.
     """
     out = Path(out)
@@ -419,15 +419,18 @@ def _file_size(recipe: Recipe, after: Path | None) -> Measurement:
 
 @contextlib.contextmanager
 def _workdir(out: Path, chosen: str | Path | None) -> Iterator[Path]:
-    """A folder for a run: kept for the next one if this one fails with something in it."""
+    """A folder for a run alone: kept for the next one if this one fails with something in it."""
     work = Path(chosen) if chosen else out.with_name(WORK.format(out.name))
-    work.mkdir(exist_ok=True)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work / "model", ignore_errors=True)
-        if sys.exc_info()[0] is None or not any(work.iterdir()):
-            shutil.rmtree(work, ignore_errors=True)
+    with locked(work):
+        sweep(out)
+        shutil.rmtree(work / "model", ignore_errors=True)  # of a run that was killed
+        work.mkdir(exist_ok=True)
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work / "model", ignore_errors=True)
+            if sys.exc_info()[0] is None or not any(work.iterdir()):
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _bytes(path: Path) -> int:

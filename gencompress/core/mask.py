@@ -122,8 +122,10 @@ def unpack(packed: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) ->
     for name, bytes_ in packed.items():
         count = 1
         for size in shapes[name]:
+            if type(size) is not int or size < 0:
+                raise ValueError(f"packed mask of group {name!r} has shape {list(shapes[name])}")
             count *= size
-        if bytes_.dtype != torch.uint8 or tuple(bytes_.shape) != (-(-count // 8),) or count < 0:
+        if bytes_.dtype != torch.uint8 or tuple(bytes_.shape) != (-(-count // 8),):
             raise ValueError(
                 f"packed mask of group {name!r} is {bytes_.dtype} {tuple(bytes_.shape)}, expected "
                 f"uint8 ({-(-count // 8)},) for {list(shapes[name])} units"

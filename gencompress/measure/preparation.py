@@ -7,6 +7,7 @@ PIL does it, rounded to 8 bits, scaled to [0, 1], less a mean and over a deviati
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,14 @@ def read_preparation(folder: str | Path) -> Preparation:
             tuple(float(value) for value in values[key]) for key in ("image_mean", "image_std")
         )
         size, short_side = _geometry(values)
-    except (KeyError, TypeError, ValueError) as problem:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as problem:
         raise FormatError(
             path,
             "expected one size, with or without a centre crop, image_mean and image_std, "
             f"as transformers writes them ({problem!r})",
         ) from problem
-    if len(mean) != 3 or len(deviation) != 3 or min(deviation) <= 0:
+    finite = all(map(math.isfinite, mean + deviation))
+    if len(mean) != 3 or len(deviation) != 3 or not finite or min(deviation) <= 0:
         raise FormatError(path, f"image_mean {mean} and image_std {deviation}, expected 3 channels")
     if min(size) < 1 or (short_side is not None and max(size) > short_side):
         raise FormatError(path, f"a size of {size} out of a shortest edge of {short_side}")
@@ -100,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; FormatError where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise FormatError(path, f"not a JSON file ({first_line(problem)})") from problem
     if not isinstance(values, dict):
         raise FormatError(path, "not a JSON object")

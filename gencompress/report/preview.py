@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def _data_uri(preview: Path, name: str) -> str:
     path = preview / name.replace("\0", "")  # no path may hold a zero
     if not path.resolve().is_relative_to(preview.resolve()):
         raise FormatError(preview / "index.json", f"names {name!r}, outside the preview folder")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FormatError(preview / "index.json", f"names {name!r}, which does not exist")
     data = path.read_bytes()
     kind = next((kind for magic, kind in _SIGNATURES if data.startswith(magic)), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -341,7 +342,7 @@ def link_to(folder: Path, out: Path) -> str:
 def number(x: Any) -> float | None:
     """`x` where it is a finite number, else None."""
     is_number = isinstance(x, int | float) and not isinstance(x, bool)
-    return x if is_number and math.isfinite(x) else None
+    return x if is_number and abs(x) <= sys.float_info.max else None
 
 
 def _plain(x: Any) -> Any:

@@ -80,9 +80,14 @@ def _write(texts: dict[str, str], out: Path, overwrite: bool) -> None:
     if out.is_dir():
         for name, content in texts.items():
             with writing(out / name, overwrite=overwrite) as part:
-                part.write_text(content, encoding="utf-8", newline="\n")
+                part.write_bytes(_utf8(content))
         return
     with writing(out) as part:
         part.mkdir()
         for name, content in texts.items():
-            (part / name).write_text(content, encoding="utf-8", newline="\n")
+            (part / name).write_bytes(_utf8(content))
+
+
+def _utf8(content: str) -> bytes:
+    """With a question mark for what UTF-8 lacks: bytes of file names that are no text."""
+    return content.encode("utf-8", "replace")

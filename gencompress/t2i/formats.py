@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
             parts[part]["parameters"] = sum(math.prod(shape) for shape in floats)
             parts[part]["dtype"] = float_type(header)
     config = read_json(folder / name / "config.json")
+    cut = config.get("cut")
     vae = folder / "vae" / "config.json"
     scheduler = folder / "scheduler" / "scheduler_config.json"
     flow = kinds.get("scheduler", ("", ""))[1].startswith("FlowMatch")
@@ -72,7 +74,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
         "parts": parts,
         "prediction": "flow" if flow else about.get("prediction_type", "epsilon"),
         "image_size": image_size(config, read_json(vae) if vae.is_file() else {}),
-        "cut": len(config.get("cut") or {}),
+        "cut": len(cut) if isinstance(cut, dict) else 0,
         "parameters": sum(part.get("parameters", 0) for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()) + (folder / INDEX).stat().st_size,
     }
@@ -86,9 +88,9 @@ def read(path: str | Path, strict: bool = False) -> None:
 def image_size(denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int | None:
     """The side in pixels that a model was made for, from the two configs; None where they do not
     say. A Flux transformer does not, its autoencoder does."""
-    latents = denoiser.get("sample_size")
-    if isinstance(latents, int) and "block_out_channels" in vae:
-        return latents * 2 ** (len(vae["block_out_channels"]) - 1)
+    latents, stages = denoiser.get("sample_size"), vae.get("block_out_channels")
+    if isinstance(latents, int) and isinstance(stages, Sequence) and stages:
+        return latents * 2 ** (len(stages) - 1)
     pixels = vae.get("sample_size")
     return pixels if isinstance(pixels, int) else None
 
@@ -108,7 +110,7 @@ def read_index(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, str]]
         if not good or not name.isidentifier():
             raise FormatError(folder / INDEX, f"{name} is {value}, expected [library, class]")
         kinds[name] = (value[0], value[1])
-    missing = [name for name in kinds if not (folder / name).is_dir()]
+    missing = [name for name in kinds if not os.path.isdir(folder / name)]
     if missing:
         raise FormatError(folder, f"parts that {INDEX} names are missing: {', '.join(missing)}")
     return index, kinds
@@ -163,7 +165,7 @@ def read_header(path: Path) -> Header:
 
     Raises FormatError if it is none, or if it is shorter or longer than it says.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FormatError(path, "missing")
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -177,7 +179,8 @@ def read_header(path: Path) -> Header:
             spans = sorted(tuple(e["data_offsets"]) for e in entries.values())
             needed = sum(TYPES[kind][0] * math.prod(shape) for kind, shape in header.values())
             end = max((int(end) for _, end in spans), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+                RecursionError) as problem:  # fmt: skip
             raise FormatError(path, f"not a safetensors file: {problem!r}") from None
     if not needed == end == size - 8 - length:
         raise FormatError(

@@ -123,12 +123,15 @@ def _scale(vae: Any) -> tuple[float, float]:
 
 def _cached(path: Path, digest: str, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of the file if it has this digest, else of a new one in its place."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if path.exists():
         read_header(path)
-        with safe_open(path, framework="pt") as file:
-            made = (file.metadata() or {}).get(DIGEST)
+        try:
+            with safe_open(path, framework="pt") as file:
+                made = (file.metadata() or {}).get(DIGEST)
+        except SafetensorError as problem:
+            raise FormatError(path, f"not a safetensors file: {problem}") from None
         if made is None:
             raise FormatError(path, "exists and is not a cache; not replacing it")
         if made != digest:

@@ -181,6 +181,7 @@ def _inside(root: Path, name: str, where: str) -> Path:
     if parts.anchor or not parts.parts or ".." in parts.parts or "\0" in name:
         raise FormatError(where, f"names {name!r:.80}; expected a file within {root}")
     try:
+        (root / name).is_file()  # in the try, as some names no file can have
         leaves = not (root / name).resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError, ValueError) as problem:  # too long, links in a circle
         raise FormatError(where, f"names {name!r:.80}: {problem}") from None

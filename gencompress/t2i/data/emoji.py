@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gencompress.files import FormatError
+from gencompress.files import FormatError, read_arrays
 
+MOST_BYTES = 1 << 31  # of an .npz
 COLUMNS = ("style", "name", "short_name", "group", "split")
 COLORS = {
     "red": (220, 40, 40),
@@ -42,25 +43,29 @@ def read_sprites(folder: str | Path) -> list[Sprite]:
     """Reads `emoji64.npz` (`images` uint8 [N, S, S, 3] on white) and `emoji64_captions.csv`.
 
     Raises:
-        FormatError: a file is missing, holds something else, or their rows do not match.
+        FormatError: a file is missing, holds something else (pickles among it), or their rows do
+            not match.
     """
     folder = Path(folder)
     images, table = folder / "emoji64.npz", folder / "emoji64_captions.csv"
     for path in (images, table):
         if not path.is_file():
             raise FormatError(path, "no such file; --data names a folder with it")
-    with np.load(images, allow_pickle=False) as arrays:
-        if "images" not in arrays:
-            raise FormatError(images, f"holds {', '.join(arrays)}; expected `images`")
-        pictures = arrays["images"]
+    found = read_arrays(images, MOST_BYTES)
+    pictures = found.get("images")
+    if pictures is None:
+        raise FormatError(images, f"holds {', '.join(found)}; expected `images`")
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3:
         raise FormatError(
             images, f"`images` is {pictures.dtype} {pictures.shape}; expected uint8 [N, S, S, 3]"
         )
     if pictures.shape[1] != pictures.shape[2]:
         raise FormatError(images, f"pictures of {pictures.shape[1:3]}; expected square ones")
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as problem:
+        raise FormatError(table, f"not a table of comma-separated values ({problem})") from None
     lacking = [name for name in COLUMNS if rows and name not in rows[0]]
     if lacking:
         raise FormatError(table, f"no column {', '.join(lacking)}")

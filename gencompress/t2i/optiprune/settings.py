@@ -172,7 +172,7 @@ def read(folder: Path) -> OptiPruned:
         config, ratio, least = Config(**settings), float(values["ratio"]), values["min_tokens"]
         config.prune_config(ratio, least or 1)
         saving = values["saving"]
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
         raise FormatError(path, f"not the settings of optiprune: {problem}") from None
     try:
         pipe = load_pipeline(place, dtype=dtype)
