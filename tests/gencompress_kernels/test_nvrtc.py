@@ -200,8 +200,15 @@ def test_without_a_gpu_cuda_says_so(op, monkeypatch):
     assert os.environ["GENCOMPRESS_BACKEND"] == "cuda"
 
 
-def test_a_part_that_is_not_written_is_not_chosen():
-    """Squared gradients have no kernel in Triton: an automatic choice passes it over."""
+def test_a_part_that_is_not_written_is_not_chosen(monkeypatch):
+    """Were there no squared gradients in Triton, an automatic choice would pass it over."""
+    module = dispatch._module
+
+    def without(op, backend, part):
+        return module(op, backend, f"{part}_nowhere" if (backend, part) == gone else part)
+
+    gone = ("triton", "_squares")
+    monkeypatch.setattr(dispatch, "_module", without)
     reason = dispatch.why_not("rasterize_splats", "triton", "cuda", "_squares")
     assert reason == "not written yet"
     found = dispatch.choose("rasterize_splats", torch.device("cuda"), part="_squares")
