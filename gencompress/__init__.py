@@ -14,6 +14,7 @@ _PUBLIC = {
     "Recipe": "gencompress.recipe",
     "compress": "gencompress.run",
     "parse_budget": "gencompress.core.budget",
+    "push_to_hub": "gencompress.hub",
     "read_artifact": "gencompress.artifact",
     "read_recipe": "gencompress.recipe",
     "write_report": "gencompress.report",

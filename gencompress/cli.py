@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,10 @@ import typer
 from rich.table import Table
 
 import gencompress
-from gencompress.artifact import model_path, read_artifact
+from gencompress import cli_audit, cli_batch
+from gencompress.artifact import is_made, model_path, read_artifact
 from gencompress.console import (
+    DIFFERS,
     PLAIN,
     err_console,
     number,
@@ -40,6 +43,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Makes generative models smaller and faster, and proves what that cost.",
 )
+app.command()(cli_audit.audit)
+app.command()(cli_batch.batch)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -80,26 +85,28 @@ def demo(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run every method on its embedded default, then write one report."""
-    from gencompress.report import write_report
+    """Run every method on its embedded default, then write one report. Goes on if stopped."""
+    from gencompress.report.write import NAMES, write_report
     from gencompress.run import METHODS, check_method, run
 
     names = methods or list(METHODS)
     for name in names:
         check_method(name)
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out}: exists already; choose another --out or --overwrite")
-    recipes = {
+    shipped = {
         file.removesuffix("-demo"): read_recipe(path)
         for file, path in shipped_recipes().items()
-        if file.endswith("-demo") and file.split("-")[0] in names
+        if file.endswith("-demo")
     }
+    if out.exists() and not overwrite and not _was_stopped(out, [*shipped, *NAMES], NAMES):
+        raise FileExistsError(f"{out}: exists already; choose another --out or --overwrite")
+    recipes = {name: one for name, one in shipped.items() if name.split("-")[0] in names}
     out.mkdir(parents=True, exist_ok=True)
-    folders = []
+    folders = [out / name for name in recipes]
     for name, recipe in recipes.items():
-        with running(name, quiet) as say:
-            folders.append(run(recipe, out / name, overwrite=overwrite, progress=say).folder)
-    page = write_report(folders, out, title="gencompress demo", overwrite=overwrite)
+        if overwrite or not is_made(out / name, recipe):
+            with running(name, quiet) as say:
+                run(recipe, out / name, overwrite=overwrite, progress=say)
+    page = write_report(folders, out, title="gencompress demo", overwrite=True)
     for folder in folders:
         show(read_artifact(folder))
     out_console.print(f"report: {page}", **PLAIN)
@@ -121,6 +128,9 @@ def compress(
     seed: Seed = None,
     device: Device = None,
     dry_run: DryRun = False,
+    unmeasured: Annotated[
+        bool, typer.Option("--unmeasured", help="File to file: a .ply larger than memory.")
+    ] = False,
     strict: Strict = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -133,6 +143,9 @@ def compress(
     _set_budget(plan, "100%" if min_psnr else keep)
     _set_data(plan, [*(data or []), *([f"views={views}"] if views is not None else [])])
     given = {"min_psnr": float(min_psnr) or None, "finetune": finetune, "prompts": prompt}
+    if unmeasured:
+        _stream(_recipe(plan, given, settings), out, overwrite, as_json, quiet)
+        return
     _deliver(_recipe(plan, given, settings), out, dry_run, strict, overwrite, as_json, quiet)
 
 
@@ -233,21 +246,24 @@ def sample(
 def measure(
     path: Annotated[Path, typer.Argument(help="Artifact folder.")], as_json: Json = False
 ) -> None:
-    """Measure an artifact again, beside the stored numbers."""
+    """Measure an artifact again, beside the stored numbers; exit 1 if one differs."""
     from gencompress.run import measure_again
 
     artifact = read_artifact(path)
     stored = {row.name: row for row in artifact.measurements}
     rows = measure_again(artifact)
+    before = {row.name: stored[row.name].after if row.name in stored else None for row in rows}
+    verdicts = {row.name: verdict(before[row.name], row) for row in rows}
     if as_json:
         print_values({"measurements": [dataclasses.asdict(row) for row in rows]}, True)
-        return
-    table = Table("", "stored", "now", "")
-    for row in rows:
-        old = stored[row.name].after if row.name in stored else None
-        table.add_row(row.name, number(old, row.unit), number(row.after, row.unit),
-                      verdict(old, row))  # fmt: skip
-    out_console.print(table)
+    else:
+        table = Table("", "stored", "now", "")
+        for row in rows:
+            values = (number(value, row.unit) for value in (before[row.name], row.after))
+            table.add_row(row.name, *values, verdicts[row.name])
+        out_console.print(table)
+    if DIFFERS in verdicts.values():
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -262,6 +278,20 @@ def report(
 
     page = write_report(paths, out, title=title, overwrite=overwrite)
     out_console.print(f"report: {page}", **PLAIN)
+
+
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only write its card.md.")] = False,
+) -> None:
+    """Upload an artifact, with a model card of what was measured."""
+    from gencompress.hub import push_to_hub
+
+    place = push_to_hub(path, repo, private=not public, dry_run=dry_run)
+    out_console.print(f"{'card' if dry_run else 'pushed'}: {place}", **PLAIN)
 
 
 @app.command()
@@ -284,6 +314,12 @@ def backends(as_json: Json = False) -> None:
     for op, row in found.items():
         table.add_row(op, *row.values())
     out_console.print(table)
+
+
+def _was_stopped(folder: Path, known: Iterable[str], last: Iterable[str]) -> bool:
+    """Whether a folder holds nothing but `known` (and what is hidden), and `last` not whole."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {*last}
+    return {n for n in found if n[0] != "."} <= {*known} and not {*last} <= found
 
 
 def _plan(
@@ -370,6 +406,16 @@ def _deliver(
     else:
         show(artifact)
         out_console.print(f"model: {path}", **PLAIN)
+
+
+def _stream(plan: Recipe, out: Path | None, overwrite: bool, as_json: bool, quiet: bool) -> None:
+    from gencompress.stream import stream
+
+    if out is None:
+        raise RecipeError("--out is missing: a model file")
+    with running(plan.method, quiet) as say:
+        found = stream(plan, out, overwrite=overwrite, progress=say)
+    print_values(found, as_json)
 
 
 def _setting(text: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +19,7 @@ from gencompress.report import text
 
 out_console = Console()
 err_console = Console(stderr=True)
+DIFFERS = "DIFFERS"  # the verdict on a number that should be what it was
 LINE_SECONDS = 20.0  # between lines about the same stage, where there is no terminal
 # a path is no markup, and stays in one line
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
@@ -55,6 +56,17 @@ def show(artifact: Artifact) -> None:
     out_console.print(table)
 
 
+def show_outcomes(outcomes: Iterable[Any]) -> None:
+    """What became of the runs of a batch; the failed ones last, each with its reason."""
+    table = Table("run", "", "seconds")
+    for one in outcomes:
+        table.add_row(escape(one.name), one.state, f"{one.seconds:.1f}" if one.seconds else "")
+    out_console.print(table)
+    for one in outcomes:
+        if one.state == "failed":
+            out_console.print(f"failed: {one.name}: {one.problem}", **PLAIN)
+
+
 def print_values(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values, indent=2, default=str))
@@ -77,4 +89,4 @@ def verdict(old: float | None, row: Measurement) -> str:
         return ""
     if row.unit == "s":
         return f"{row.after / old:.2f}x"
-    return "same" if abs(row.after - old) <= 1e-9 * max(1.0, abs(old)) else "DIFFERS"
+    return "same" if abs(row.after - old) <= 1e-9 * max(1.0, abs(old)) else DIFFERS

@@ -186,7 +186,7 @@ def test_list_info_backends(call, scene):
     code, out, _ = call("list", "--json")
     found = json.loads(out)
     assert code == 0 and "still_life" in found["scenes"]
-    methods = ["splat", "mesh", "nerf", "prune", "optiprune", "aptp", "dense2moe"]
+    methods = ["splat", "mesh", "nerf", "prune", "optiprune", "aptp", "dense2moe", "dori"]
     assert found["methods"] == methods
     code, out, _ = call("info", scene, "--json")
     assert code == 0 and json.loads(out)["count"] == 300
@@ -370,7 +370,12 @@ def test_measure_tells_what_differs(call, scene, tmp_path):
             row["after"] += 1
     (tmp_path / "r" / "measurements.json").write_text(json.dumps(rows))
     code, out, _ = call("measure", tmp_path / "r")
-    assert code == 0 and out.count("DIFFERS") == 1
+    assert code == 1 and out.count("DIFFERS") == 1 and out.count("same") >= 3
+    code, out, _ = call("measure", tmp_path / "r", "--json")
+    found = {row["name"]: row["after"] for row in json.loads(out)["measurements"]}
+    assert code == 1 and {**found, "PSNR": found["PSNR"] + 1}.items() >= {
+        (row["name"], row["after"]) for row in rows if row["unit"] != "s"
+    }
 
 
 def test_recipes_and_the_command_line_together(call, scene, tmp_path):

@@ -31,10 +31,18 @@ ROOMS = {
     "scenes": {"files"},
     "run": {"", "scenes", "views", "recipe", "artifact", "t2i", "nerf", "splat", "mesh"}
     | BELOW_METHODS,
+    "batch": {"files", "run", "report", "recipe", "artifact"},
+    "audit": {"", "files", "measure", "scenes", "recipe", "artifact", "report", "run", "t2i"},
     "console": {"measure", "report", "artifact"},
-    "cli": {"", "scenes", "run", "console", "report", "recipe", "artifact"} | BELOW_METHODS,
+    "stream": {"scenes", "run", "recipe"},
+    "hub": {"files", "scenes", "run", "report", "artifact"},
+    "cli_audit": {"audit", "console"},
+    "cli_batch": {"batch", "console"},
+    "cli": {"", "scenes", "run", "stream", "hub", "console", "report", "recipe", "artifact"}
+    | {"cli_audit", "cli_batch"}
+    | BELOW_METHODS,
     "__main__": {"cli"},
-    "": {"files", "kernels", "core", "measure", "recipe", "artifact", "run"},
+    "": {"files", "kernels", "core", "measure", "recipe", "artifact", "run", "hub"},
 }
 T2I_METHODS = {"aptp", "dense2moe", "dori", "optiprune"}
 DIFFUSION = {"diffusers", "transformers", "accelerate"}
@@ -46,6 +54,8 @@ FORBIDDEN = {
     "kernels": MODEL_LIBRARIES | {"gencompress"},
     "report": DIFFUSION | {"torch", "numba"},
     "cli": DIFFUSION | {"torch", "numba"},
+    "cli_audit": DIFFUSION | {"torch", "numba"},
+    "cli_batch": DIFFUSION | {"torch", "numba"},
     "console": DIFFUSION | {"torch", "numba"},
 }
 MAX_LINES = 450

@@ -46,7 +46,7 @@ VAE = Training(2000, 16, 2e-3, 100, 0.02, (0.9, 0.99), 0.0, ema=0.998, precision
 CLIP = Training(1000, 128, 1e-3, 100, 0.02, (0.9, 0.99), 0.05, ema=0.999, precision="pure-bf16")
 SD = Training(7000, 32, 5e-4, 200, 0.02, (0.9, 0.99), 0.01, ema=0.999, precision="pure-bf16")
 FLUX = Training(7000, 32, 6e-4, 300, 0.02, (0.9, 0.99), 0.01, ema=0.999, precision="pure-bf16")
-GUIDED = Training(5000, 32, 5e-4, 100, 0.02, (0.9, 0.99), 0.01, ema=0.999, precision="pure-bf16")
+GUIDED = Training(4000, 32, 1.2e-3, 100, 0.02, (0.9, 0.99), 0.01, ema=0.999, precision="pure-bf16")
 DETECTOR = Training(4000, 64, 2e-3, 100, 0.02, (0.9, 0.99), 0.05, ema=0.998, precision="bf16")
 COPIES = Training(600, 96, 2e-3, 100, 0.02, (0.9, 0.99), 0.05, ema=0.998, precision="bf16")
 NUM_LATENTS = 32_000
