@@ -20,7 +20,7 @@ from gencompress.t2i.data.cache import digest, encode_images
 from gencompress.t2i.distill import Draws, Noised, diffuse, draws, flow, seeds, shift_of
 from gencompress.t2i.formats import plain_name
 from gencompress.t2i.inputs import Inputs
-from gencompress.t2i.pipeline import denoiser, encode_prompts, with_parts
+from gencompress.t2i.pipeline import denoiser, encode_prompts, scheduling, with_parts
 from gencompress.t2i.sample import called, default_size
 from gencompress.t2i.tiny import flux_ids, packed
 from gencompress.t2i.train import Progress, quiet, sample_order
@@ -171,7 +171,7 @@ def _sampled_digest(
     pipe: Any, rows: Mapping[str, Tensor], prompts: Sequence[str], how: tuple[Any, ...]
 ) -> str:
     """Of all that decides the latents that a pipeline samples."""
-    about = [type(pipe).__name__, repr(sorted(pipe.scheduler.config.items())), prompts, how]
+    about = [type(pipe).__name__, scheduling(pipe.scheduler), prompts, how]
     return digest(about, {**rows, **denoiser(pipe)[0].state_dict()}.items())
 
 

@@ -109,6 +109,13 @@ def with_denoiser(pipe: Any, model: Any) -> Any:
     return with_parts(pipe, **{denoiser(pipe)[1]: model})
 
 
+def scheduling(scheduler: Any) -> str:
+    """The class and settings of a scheduler, for a digest: without what diffusers notes for itself,
+    which is in another order in every process."""
+    settings = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+    return f"{type(scheduler).__name__} {sorted(settings.items())!r}"
+
+
 def with_parts(pipe: Any, **parts: Any) -> Any:
     """A new pipeline with some parts replaced, sharing the others with `pipe`."""
     _, options = pipe._get_signature_keys(pipe)

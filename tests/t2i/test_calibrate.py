@@ -17,6 +17,7 @@ from gencompress.t2i.pipeline import (
     denoiser,
     encode_prompts,
     hushed,
+    scheduling,
     sequence_length,
     with_parts,
 )
@@ -268,3 +269,16 @@ def test_errors(made):
             calibrate.clean_latents(broken, PROMPTS[:1], seeds=[1], steps=1, size=64)
     finally:
         weight.data = kept
+
+
+def test_schedulers_of_the_same_settings_have_one_digest():
+    """diffusers notes which settings are its defaults, in an order that a process does not keep."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    one, other = DDIMScheduler(beta_start=0.001), DDIMScheduler(beta_start=0.001)
+    noted = other.config["_use_default_values"]
+    other._internal_dict = type(other.config)({**other.config, "_use_default_values": noted[::-1]})
+    assert one.config != other.config
+    assert scheduling(one) == scheduling(other)
+    assert scheduling(one) != scheduling(DDIMScheduler(beta_start=0.002))
+    assert scheduling(DDIMScheduler()) != scheduling(EulerDiscreteScheduler())

@@ -32,7 +32,7 @@ from gencompress.t2i.dori.draw import Sampling, draw_states
 from gencompress.t2i.dori.masks import model_digest
 from gencompress.t2i.dori.pairs import Pair, check_captions, pictures
 from gencompress.t2i.dori.search import STARTS, SearchConfig, Trigger, search, starts
-from gencompress.t2i.pipeline import hushed, with_parts
+from gencompress.t2i.pipeline import hushed, scheduling, with_parts
 from gencompress.t2i.sample import default_size, sample
 from gencompress.t2i.train import Progress, quiet
 
@@ -203,7 +203,7 @@ def audit(
     model = model_digest(pipe)
     decides = [
         model,
-        repr(sorted(drawing.scheduler.config.items())),
+        scheduling(drawing.scheduler),
         encoder.name,
         _judging(config),
     ]

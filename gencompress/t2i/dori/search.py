@@ -29,6 +29,7 @@ from gencompress.t2i.distill import Draws, diffuse, draws, predict
 from gencompress.t2i.dori.draw import expect_unet
 from gencompress.t2i.dori.masks import model_digest
 from gencompress.t2i.hooks import evaluated, replace
+from gencompress.t2i.pipeline import scheduling
 from gencompress.t2i.train import Progress, quiet
 
 STARTS = ("caption", "normal", "other")
@@ -127,7 +128,7 @@ def search(
     paths: dict[int, Path] = {}
     if workdir is not None:
         workdir.mkdir(parents=True, exist_ok=True)
-        about = [model_digest(pipe), repr(sorted(pipe.scheduler.config.items())), _decides(config)]
+        about = [model_digest(pipe), scheduling(pipe.scheduler), _decides(config)]
         for i, seed in enumerate(seeds):
             own = digest([*about, seed], [("latents", latents[i]), ("start", start[i])])
             paths[i] = workdir / f"{own[:32]}.safetensors"

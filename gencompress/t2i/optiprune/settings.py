@@ -19,7 +19,7 @@ from gencompress.t2i.optiprune.prune import BYPASSES, PruneConfig
 from gencompress.t2i.optiprune.session import Wanted, subjects_of
 from gencompress.t2i.optiprune.wrap import optiprune
 from gencompress.t2i.pictures import write_images
-from gencompress.t2i.pipeline import denoiser, load_pipeline
+from gencompress.t2i.pipeline import denoiser, load_pipeline, scheduling
 from gencompress.t2i.sample import sample
 from gencompress.t2i.train import Progress, quiet
 
@@ -188,8 +188,7 @@ def read(folder: Path) -> OptiPruned:
 def identity_of(pipe: Any) -> str:
     """sha256 of all that decides what a pipeline draws: classes, settings of the scheduler and all
     weights, in their dtype."""
-    settings = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
-    about = [type(pipe).__name__, type(pipe.scheduler).__name__, repr(sorted(settings.items()))]
+    about = [type(pipe).__name__, scheduling(pipe.scheduler)]
     named = (
         (f"{name}.{key}", tensor)
         for name, part in sorted(pipe.components.items())
