@@ -10,7 +10,7 @@ types:
 	mypy
 
 test:
-	pytest
+	pytest -n auto
 
 bench:
 	python tools/bench.py
