@@ -10,6 +10,7 @@ wide as need be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 LEVEL = 0.95
+NORMAL = 1.959963984540054  # quantile of the normal distribution, both sides together
 RESAMPLES = 1000  # for a mean; the ends of the interval then move by a few percent of its width
 
 Statistic = Callable[[Tensor], "Tensor | float"]  # rows [N, ...] -> one number
@@ -100,6 +102,18 @@ def paired_difference(
     return around(
         difference(slice(None)), torch.tensor(draws, dtype=torch.float64), name, len(before)
     )
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """Ends of the 95% interval of a share (Wilson 1927), which stays within [0, 1] and has a width
+    also where none or all hit. Raises ValueError for a share that cannot be."""
+    if not 0 <= hits <= count or count < 1:
+        raise ValueError(f"{hits} of {count}, expected 0 to all of 1 or more")
+    share, square = hits / count, NORMAL**2 / count
+    middle = (share + square / 2) / (1 + square)
+    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
+    # at the ends rounding would leave a sliver
+    return (0.0 if hits == 0 else middle - half), (1.0 if hits == count else middle + half)
 
 
 def draw(count: int, generator: torch.Generator) -> Tensor:

@@ -1,9 +1,11 @@
 """Bootstrap intervals: of a mean they are the textbook's, and a difference has a sign."""
 
+import math
+
 import pytest
 import torch
 
-from gencompress.measure.estimate import around, bootstrap, paired_difference
+from gencompress.measure.estimate import NORMAL, around, bootstrap, paired_difference, wilson
 
 
 def test_the_interval_of_a_mean_is_the_textbooks(generator):
@@ -84,3 +86,33 @@ def test_refuses(generator):
         paired_difference(torch.zeros(3), torch.zeros(3), "x", generator, resamples=0)
     with pytest.raises(ValueError, match="pairs of the same shape"):
         paired_difference(torch.zeros(3), torch.zeros(4), "x", generator)
+
+
+# shares
+
+
+@pytest.mark.parametrize(
+    ("kept", "count", "ends"),
+    [
+        (8, 10, (0.4901625, 0.9433178)),
+        (0, 5, (0.0, 0.4344825)),
+        (5, 5, (0.5655175, 1.0)),
+        (1, 1, (0.2065493, 1.0)),
+    ],
+)
+def test_wilson_against_tables(kept, count, ends):
+    assert wilson(kept, count) == pytest.approx(ends, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kept", "count"), [(1, 2), (3, 17), (90, 100), (499, 1000)])
+def test_wilson_solves_its_equation(kept, count):
+    """Its ends are the shares that lie as far from what was seen as the normal quantile allows."""
+    for end in wilson(kept, count):
+        apart = abs(kept / count - end) / math.sqrt(end * (1 - end) / count)
+        assert apart == pytest.approx(NORMAL, rel=1e-9)
+
+
+@pytest.mark.parametrize(("kept", "count"), [(-1, 3), (4, 3), (0, 0)])
+def test_shares_that_cannot_be(kept, count):
+    with pytest.raises(ValueError, match=f"{kept} of {count}"):
+        wilson(kept, count)

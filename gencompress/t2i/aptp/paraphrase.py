@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from gencompress.files import FormatError
 from gencompress.measure import Measurement
+from gencompress.measure.estimate import wilson
 from gencompress.t2i.aptp.router import Router, route
 from gencompress.t2i.inputs import COLUMNS
 
@@ -33,7 +33,6 @@ PLACES = re.compile(
 BACKGROUND = re.compile(r"(.+?) ((?:on|in front of|against) an? [\w -]*\bbackground)")
 PARAPHRASE = "paraphrase"
 ENCODED = 64  # texts routed at once
-QUANTILE = 1.959963984540054  # of the normal distribution, for 95%
 
 
 def paraphrases(prompt: str) -> tuple[str, ...]:
@@ -110,17 +109,6 @@ def stability_rows(router: Router, groups: Sequence[Sequence[str]]) -> list[Meas
             "higher", every,
         ),
     ]  # fmt: skip
-
-
-def wilson(successes: int, count: int) -> tuple[float, float]:
-    """Ends of the 95% score interval of a share (Wilson 1927), which stays within [0, 1] and has a
-    width also where all or none succeed. Raises ValueError for a share that cannot be."""
-    if not 0 <= successes <= count or count < 1:
-        raise ValueError(f"{successes} of {count}, expected 0 to all of 1 or more")
-    share, square = successes / count, QUANTILE**2 / count
-    middle = (share + square / 2) / (1 + square)
-    half = math.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _frame(text: str) -> tuple[str, str]:

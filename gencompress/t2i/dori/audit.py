@@ -11,7 +11,6 @@ S seeds, K text states that are judged: the caption, and what each search had af
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -239,16 +238,6 @@ def merged(audits: Sequence[Audit]) -> Audit:
     models = "+".join(one.model for one in audits)
     findings = tuple(found for one in audits for found in one.findings)
     return Audit(audits[0].config, audits[0].encoder, models, findings)
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927), which has a width also where none or all hit."""
-    z = 1.959964
-    share, extra = hits / count, z * z / count
-    middle = (share + extra / 2) / (1 + extra)
-    half = z / (1 + extra) * math.sqrt(share * (1 - share) / count + extra / (4 * count))
-    # at the ends rounding would leave a sliver
-    return (0.0 if hits == 0 else middle - half), (1.0 if hits == count else middle + half)
 
 
 def _sampled_by(pipe: Any, config: AuditConfig, size: int) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gencompress.t2i.dori.audit import VERDICTS, Audit, AuditConfig, Finding, wilson
+from gencompress.measure.estimate import wilson
+from gencompress.t2i.dori.audit import VERDICTS, Audit, AuditConfig, Finding
 from gencompress.t2i.dori.detect import median_and_mad, over_seeds
 from gencompress.t2i.dori.pairs import TYPES
 from gencompress.t2i.pictures import resized, save_image

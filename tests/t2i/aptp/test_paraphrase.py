@@ -1,18 +1,15 @@
 """Prompts in other words, what share of them keep their expert, and the interval of that share."""
 
-import math
-
 import pytest
 import torch
 
 from gencompress.files import FormatError
+from gencompress.measure.estimate import wilson
 from gencompress.t2i.aptp import paraphrase
 from gencompress.t2i.aptp.paraphrase import (
-    QUANTILE,
     paraphrases,
     read_paraphrases,
     stability_rows,
-    wilson,
 )
 
 
@@ -69,28 +66,6 @@ def test_texts_of_another_kind():
 
 
 # the interval
-
-
-@pytest.mark.parametrize(
-    ("kept", "count", "ends"),
-    [(8, 10, (0.4901625, 0.9433178)), (0, 5, (0.0, 0.4344825)), (5, 5, (0.5655175, 1.0))],
-)
-def test_wilson_against_tables(kept, count, ends):
-    assert wilson(kept, count) == pytest.approx(ends, abs=1e-6)
-
-
-@pytest.mark.parametrize(("kept", "count"), [(1, 2), (3, 17), (90, 100), (499, 1000)])
-def test_wilson_solves_its_equation(kept, count):
-    """Its ends are the shares that lie as far from what was seen as the normal quantile allows."""
-    for end in wilson(kept, count):
-        apart = abs(kept / count - end) / math.sqrt(end * (1 - end) / count)
-        assert apart == pytest.approx(QUANTILE, rel=1e-9)
-
-
-@pytest.mark.parametrize(("kept", "count"), [(-1, 3), (4, 3), (0, 0)])
-def test_shares_that_cannot_be(kept, count):
-    with pytest.raises(ValueError, match=f"{kept} of {count}"):
-        wilson(kept, count)
 
 
 # the rows

@@ -20,7 +20,6 @@ from gencompress.t2i.dori.audit import (
     audit,
     merged,
     verdict,
-    wilson,
 )
 from gencompress.t2i.dori.draw import draw_states
 from gencompress.t2i.dori.pairs import Pair
@@ -177,19 +176,6 @@ def test_the_worst_target_decides(by_hand):
     assert len(both.findings) == 5 and both.verdict == "hidden"
     with pytest.raises(ValueError, match="different settings"):
         merged([hidden, dataclasses.replace(alone, encoder="another")])
-
-
-@pytest.mark.parametrize(
-    ("hits", "count", "wanted"),
-    [
-        (0, 10, (0.0, 0.27753)),
-        (10, 10, (0.72247, 1.0)),
-        (5, 10, (0.23659, 0.76341)),
-        (1, 1, (0.20655, 1.0)),
-    ],
-)
-def test_wilson_intervals(hits, count, wanted):
-    assert wilson(hits, count) == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_caption_that_shows_its_picture(pipe, pairs, encoder, tmp_path):

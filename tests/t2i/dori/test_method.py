@@ -12,10 +12,10 @@ from gencompress import run
 from gencompress.artifact import read_log
 from gencompress.core.budget import parse_budget
 from gencompress.core.mask import Mask
+from gencompress.measure.estimate import wilson
 from gencompress.recipe import RecipeError, apply_overrides, config_from, from_dict, read_recipe
 from gencompress.t2i import dori, tiny
 from gencompress.t2i.dori import locate, nemo, quality, wanda
-from gencompress.t2i.dori.audit import wilson
 from gencompress.t2i.dori.masks import model_digest, read_mask, written
 from gencompress.t2i.dori.settings import MASK_FILE, Config
 from gencompress.t2i.pipeline import encode_prompts, hushed, load_pipeline, save_pipeline
