@@ -21,7 +21,7 @@ from gencompress.t2i.pipeline import load_pipeline
 from gencompress.t2i.sample import grid, sample
 
 SCENES = Path(__file__).parents[1] / "scenes"
-STAGES = {"tiny-sd": "sd", "tiny-flux": "flux"}  # name -> log of train_tiny
+STAGES = {"tiny-sd": "sd", "tiny-flux": "guided"}  # name -> log of train_tiny
 HOW = {
     "tiny-sd": {"steps": 25, "guidance": 3.0},
     "tiny-flux": {"steps": 25, "guidance": 3.5},
