@@ -9,6 +9,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: as many threads as processes are enough
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: bits are compared
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it when torch first imports it
 

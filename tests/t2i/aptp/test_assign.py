@@ -158,6 +158,8 @@ queued = own.flip(0)[:4] * 0.9
 found = {"ids": assign(own), "plan": sinkhorn(own), "queued": assign(own, queued)}
 found["relative"] = sinkhorn(own, 0.3, relative=True)
 torch.save(found, f"{folder}/{rank}.pt")
+torch.distributed.barrier()  # or gloo may abort the one that is left
+torch.distributed.destroy_process_group()
 """
 
 
