@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gencompress_kernels.nvrtc import kernel
@@ -15,8 +14,8 @@ from gencompress_kernels.rasterize_splats.cuda import (
     project,
     tile_lists,
 )
-from gencompress_kernels.rasterize_splats.lists import tiles_of
-from gencompress_kernels.rasterize_splats.moments import WEIGHT, columns
+from gencompress_kernels.rasterize_splats.lists import columns_of, tiles_of
+from gencompress_kernels.rasterize_splats.moments import WEIGHT
 from gencompress_kernels.rasterize_splats.reference import Shot
 
 SOURCE = "rasterize_splats/cuda_squares.cu"
@@ -35,10 +34,4 @@ def squared_gradients(shot: Shot, fisher: bool) -> Tensor:
         shot.height, slots,
     )  # fmt: skip
     totals = by_splat(pairs, slots, len(records))
-    if not fisher:
-        return totals.float()
-    # a culled record is zeros, and so are its moments
-    shown = records[:, 5] > 0
-    safe = torch.where(shown[:, None], records, 1.0).double()
-    found = columns(safe[:, 2:5], safe[:, 5], safe[:, 11], totals)
-    return torch.where(shown[:, None], found, 0.0).float()
+    return columns_of(records, totals) if fisher else totals.float()

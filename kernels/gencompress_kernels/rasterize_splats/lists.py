@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gencompress_kernels.rasterize_splats.moments import columns
+
 TILE = 16  # pixels
 DEPTH = 9  # which float of a record it is
 
@@ -55,3 +57,12 @@ def view_slope(viewmat: Tensor, pose: Tensor | None) -> Tensor:
     view[:3, :3] -= move[:, None] * total[12:]
     view[:3, 3] -= (turn * total[12:]).sum(1)
     return view.float()
+
+
+def columns_of(records: Tensor, totals: Tensor) -> Tensor:
+    """float32 [N, 42] of records [N, R] and moments [N, 35]: see `moments.columns`."""
+    # a culled record is zeros, and so are its moments
+    shown = records[:, 5] > 0
+    safe = torch.where(shown[:, None], records, 1.0).double()
+    found = columns(safe[:, 2:5], safe[:, 5], safe[:, 11], totals)
+    return torch.where(shown[:, None], found, 0.0).float()

@@ -42,6 +42,8 @@ from gencompress_kernels.rasterize_splats.triton_screen import (
     PIXELS,
     SIDE,
     blend_one,
+    note_one,
+    note_winners,
     pixel_of,
     read3,
     tile_bounds,
@@ -167,17 +169,10 @@ def _blend(
             blue += weight * tl.load(r + RED + 2)
             depth += weight * tl.load(r + DEPTH)
             if COUNTED:
-                winner = tl.where(weight > best, (at - begin).to(tl.int32) + j, winner)
-                best = tl.maximum(best, weight)
-                slot = slots + 4 * (at + j)
-                tl.store(slot, tl.sum(weight, 0))
-                tl.store(slot + 1, tl.max(reached, 0))
-                tl.store(slot + 2, tl.sum((weight > 0).to(tl.float32), 0))
+                best, winner = note_one(slots, begin, at + j, reached, weight, best, winner)
         at += STEPS
     if COUNTED:
-        # whole numbers: their order does not matter
-        won = slots + 4 * (begin + winner) + 3
-        tl.atomic_add(won, tl.full([PIXELS], 1.0, tl.float32), winner >= 0, sem="relaxed")
+        note_winners(slots, begin, winner)
     left, place = tl.abs(left), place.to(tl.int64)
     if LEFTS:
         tl.store(lefts + place, left, mask=inside)

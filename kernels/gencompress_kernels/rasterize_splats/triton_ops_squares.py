@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gencompress_kernels.rasterize_splats.lists import tiles_of
-from gencompress_kernels.rasterize_splats.moments import WEIGHT, columns
+from gencompress_kernels.rasterize_splats.lists import columns_of, tiles_of
+from gencompress_kernels.rasterize_splats.moments import WEIGHT
 from gencompress_kernels.rasterize_splats.reference import Shot
 from gencompress_kernels.rasterize_splats.triton_ops import STEPS, alpha_at, by_splat, draw, listed
 from gencompress_kernels.rasterize_splats.triton_project import CONIC, OPACITY, REACH, RECORD, RED
@@ -92,10 +91,4 @@ def squared_gradients(shot: Shot, fisher: bool) -> Tensor:
         shot.width, shot.height, slots, FISHER=fisher, COLUMNS=slots.shape[1], num_warps=1,
     )  # fmt: skip
     totals = by_splat(pairs, slots, len(records))
-    if not fisher:
-        return totals.float()
-    # a culled record is zeros, and so are its moments
-    shown = records[:, 5] > 0
-    safe = torch.where(shown[:, None], records, 1.0).double()
-    found = columns(safe[:, 2:5], safe[:, 5], safe[:, 11], totals)
-    return torch.where(shown[:, None], found, 0.0).float()
+    return columns_of(records, totals) if fisher else totals.float()

@@ -264,3 +264,24 @@ def blend_one(alpha, left):
     reached, after = alpha * before, before * (1 - alpha)
     goes = after > MIN_TRANSMITTANCE
     return reached, tl.where(goes, reached, 0.0), tl.where(goes, after, -tl.abs(left))
+
+
+@triton.jit
+def note_one(slots, begin, at, reached, weight, best, winner):
+    """Writes what a tile tells of the splat of pair `at` into its slot of 4: the sum of its
+    weights, the largest before the stop, its pixels. Returns each pixel's largest weight so far,
+    and whose that is, counted from `begin`."""
+    slot = slots + 4 * at
+    tl.store(slot, tl.sum(weight, 0))
+    tl.store(slot + 1, tl.max(reached, 0))
+    tl.store(slot + 2, tl.sum((weight > 0).to(tl.float32), 0))
+    winner = tl.where(weight > best, (at - begin).to(tl.int32), winner)
+    return tl.maximum(best, weight), winner
+
+
+@triton.jit
+def note_winners(slots, begin, winner):
+    """Adds up, in the last of the 4, the pixels in which a splat weighs most."""
+    # whole numbers: their order does not matter
+    won = slots + 4 * (begin + winner) + 3
+    tl.atomic_add(won, tl.full([PIXELS], 1.0, tl.float32), winner >= 0, sem="relaxed")
