@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from gencompress.report import text
 from gencompress.report.figures import curve_figures
 from gencompress.report.markdown import escape
+from gencompress.report.page import templates
 
 _HERE = Path(__file__).parent
 RATES = ("group", "pictures", "tested by", "copied", "rate", "95% interval")
@@ -29,21 +29,18 @@ PICTURES = ("picture", "role", "verdict", "by caption", "by search", "steps to a
 
 def audit_html(document: dict[str, Any], images: Sequence[str]) -> str:
     """The page; `images` are data URIs, one for each of the document's pictures."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     figures = curve_figures(document["curves"])
-    return environment.get_template("audit.html").render(
-        document=document,
-        tables=_tables(document),
-        figures=figures,
-        plates=list(zip(images, document["pictures"], strict=True)),
-        facts=_facts(document),
-        style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+    return (
+        templates()
+        .get_template("audit.html")
+        .render(
+            document=document,
+            tables=_tables(document),
+            figures=figures,
+            plates=list(zip(images, document["pictures"], strict=True)),
+            facts=_facts(document),
+            style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+        )
     )
 
 

@@ -25,6 +25,17 @@ _HERE = Path(__file__).parent
 MAX_LOG_LINES = 400
 
 
+def templates() -> jinja2.Environment:
+    """The templates of this folder; all that is put into them is escaped."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(
     report: dict[str, Any],
     previews: Sequence[tuple[list, dict | None, dict]],
@@ -32,13 +43,7 @@ def render(
 ) -> str:
     """The page of a report. `previews` and `pictures` are what `read_previews` and `read_pictures`
     tell of each artifact."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters.update(
         value=text.value,
         value_of=rows.value_of,
