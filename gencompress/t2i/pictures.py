@@ -67,9 +67,12 @@ def write_pair(
     return views
 
 
-def write_index(views: list[dict[str, Any]], folder: Path) -> None:
-    """What a report reads of a preview."""
-    (folder / "index.json").write_text(json.dumps({"views": views}, indent=1), encoding="utf-8")
+def write_index(
+    views: list[dict[str, Any]], folder: Path, pictures: Sequence[dict[str, str]] = ()
+) -> None:
+    """What a report reads of a preview: views, and single pictures as {"file", "caption"}."""
+    index = {"views": views, **({"pictures": list(pictures)} if pictures else {})}
+    (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def write_samples(pipe: Any, wanted: EvaluationSet, folder: Path) -> list[Path]:

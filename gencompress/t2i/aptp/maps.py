@@ -19,7 +19,6 @@ from gencompress.t2i.aptp.encoder import encode
 from gencompress.t2i.aptp.routed import Routed, pipeline_of, shares_of
 from gencompress.t2i.aptp.router import Router, compared, route
 from gencompress.t2i.evaluate import EvaluationSet, make_images
-from gencompress.t2i.formats import write_json
 from gencompress.t2i.pictures import write_pair
 
 PER_EXPERT = 3  # pictures: a row of a sheet
@@ -100,11 +99,6 @@ def write_maps(
             ),
         },
     ]
-
-
-def write_index(views: list[dict[str, Any]], pictures: list[dict[str, str]], folder: Path) -> None:
-    """What a report reads of a preview."""
-    write_json(folder / "index.json", {"views": views, "pictures": pictures})
 
 
 def plane(router: Router, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from gencompress.t2i.aptp.architecture import relaxed
 from gencompress.t2i.aptp.arms import Made, make, routed_error
 from gencompress.t2i.aptp.cost import MacsTable, macs_table
 from gencompress.t2i.aptp.experts import unit_mask
-from gencompress.t2i.aptp.maps import write_index, write_maps, write_views
+from gencompress.t2i.aptp.maps import write_maps, write_views
 from gencompress.t2i.aptp.paraphrase import stability_rows
 from gencompress.t2i.aptp.quality import expert_rows, routed_rows, storage_row
 from gencompress.t2i.aptp.routed import Routed, how, images, load_routed, save_routed
@@ -37,7 +37,7 @@ from gencompress.t2i.distill import again
 from gencompress.t2i.formats import stored_type
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.loading import pipeline_and_inputs
-from gencompress.t2i.pictures import write_images
+from gencompress.t2i.pictures import write_images, write_index
 from gencompress.t2i.pipeline import denoiser, hushed, with_denoiser
 from gencompress.t2i.quality import error_db, forward_inputs, point
 from gencompress.t2i.train import Progress, quiet
@@ -208,7 +208,7 @@ def preview(before: Any, after: Routed, result: Compressed, data: Inputs, folder
     views = write_views(before, _beside(before, after), experts, data.wanted, folder)
     prompts = list(dict.fromkeys(data.prompts))
     pictures = write_maps(after, experts, prompts, data.wanted.prompts, folder)
-    write_index(views, pictures, folder)
+    write_index(views, folder, pictures)
 
 
 def sample(model: Routed, data: Inputs, folder: Path) -> list[Path]:

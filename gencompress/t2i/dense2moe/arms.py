@@ -28,6 +28,29 @@ from gencompress.t2i.train import Log, Progress, quiet
 LEAST = 1  # neurons that stay in every feed-forward
 
 
+def rival(
+    pipe: Any,
+    seen: Calibration,
+    activated: float,
+    mixture: dict[str, Any],
+    scores: dict[str, Tensor],
+    config: Config,
+    arm: str,
+    generator: torch.Generator,
+    progress: Progress = quiet,
+) -> tuple[Any, Log]:
+    """The pipeline of an arm of `settings.ARMS`, and the log of its training.
+
+    Args:
+        activated: parameters, the most that may stay in a smaller model.
+        mixture, scores: of the model that is compared; experts at random have its structure.
+    """
+    if arm != "random":
+        return smaller(pipe, seen, activated, config, arm, generator, progress)
+    dealt = at_random(scores, generator)
+    return staged(pipe, seen, mixture, dealt, None, config, None, generator, progress)
+
+
 def smaller(
     pipe: Any,
     seen: Calibration,
@@ -37,7 +60,7 @@ def smaller(
     generator: torch.Generator,
     progress: Progress = quiet,
 ) -> tuple[Any, Log]:
-    """The pipeline of an arm of `settings.ARMS`, and the log of its training.
+    """The pipeline of a smaller dense denoiser, by "width" or "depth", and the log of its training.
 
     Args:
         activated: parameters, the most that may stay.

@@ -22,7 +22,7 @@ from gencompress.measure.cost import parameters
 from gencompress.t2i import coupling
 from gencompress.t2i.calibrate import Calibration, batches, calibrated
 from gencompress.t2i.dense2moe import accounting, adaln
-from gencompress.t2i.dense2moe.arms import at_random, smaller, staged
+from gencompress.t2i.dense2moe.arms import rival, staged
 from gencompress.t2i.dense2moe.classes import Mixture
 from gencompress.t2i.dense2moe.convert import importance
 from gencompress.t2i.dense2moe.layout import feed_forwards, groups_of, kind_of, structure
@@ -106,7 +106,7 @@ def compress(
 ) -> Compressed:
     """Scores neurons, deals them out to experts, and trains in stages after the dense model."""
     inside, _ = denoiser(model)
-    mixture = _planned(inside, budget, config)
+    mixture = planned(inside, budget, config)
     seen = calibrated(model, data, config.latents, workdir, progress)
     progress("scoring neurons")
     chosen = batches(seen, model, config.batches, config.batch, generator)
@@ -158,13 +158,10 @@ def compare(
         set_top_k(model, chosen)
     for name in config.compare:
         progress(f"baseline {name}")
-        if name == "random":
-            chance = again(generator)
-            scores = at_random(dict(result.scores), chance)
-            mixture = dict(model.config.mixture)
-            arm, _ = staged(before, seen, mixture, scores, None, config, None, chance, progress)
-        else:
-            arm, _ = smaller(before, seen, used, config, name, again(generator), progress)
+        arm, _ = rival(
+            before, seen, used, dict(model.config.mixture), dict(result.scores), config, name,
+            again(generator), progress,
+        )  # fmt: skip
         add(name, arm, used if name == "random" else parameters(denoiser(arm)[0]))
     return rows
 
@@ -172,7 +169,7 @@ def compare(
 def predict(model: Any, data: Inputs, budget: Budget, config: Config) -> dict[str, float]:
     """Parameters of the denoiser, how many a token meets, and the least that could be."""
     inside, _ = denoiser(model)
-    mixture = _planned(inside, budget, config)
+    mixture = planned(inside, budget, config)
     made = accounting.planned(inside, mixture)
     active = _active(made)
     set_top_k(made, 0)
@@ -235,7 +232,7 @@ def _structure(model: Any, config: Config, top_k: int) -> Mixture:
     return structure(model, replace(layout, groups=groups))
 
 
-def _planned(model: Any, budget: Budget, config: Config) -> Mixture:
+def planned(model: Any, budget: Budget, config: Config) -> Mixture:
     """The structure within the budget; ValueError where none is."""
     if budget.unit != "active":
         raise ValueError(

@@ -30,7 +30,14 @@ from gencompress.t2i.dori.detect import COPY, diversity, features
 from gencompress.t2i.dori.draw import Sampling, draw_states
 from gencompress.t2i.dori.masks import model_digest
 from gencompress.t2i.dori.pairs import Pair, check_captions, pictures
-from gencompress.t2i.dori.search import STARTS, SearchConfig, Trigger, search, starts
+from gencompress.t2i.dori.search import (
+    STARTS,
+    SearchConfig,
+    Trigger,
+    expect_plain,
+    search,
+    starts,
+)
 from gencompress.t2i.pipeline import hushed, scheduling, with_parts
 from gencompress.t2i.sample import default_size, sample
 from gencompress.t2i.train import Progress, quiet
@@ -178,7 +185,7 @@ def audit(
         ValueError: a pipeline other than Stable Diffusion 1 or 2, settings that it cannot run, or
             the start "other" without another control.
     """
-    expect_searchable(pipe)
+    expect_plain(pipe)
     check_captions(pipe, pairs)
     size = config.size or default_size(pipe)
     drawing = _sampled_by(pipe, config, size)
@@ -223,11 +230,6 @@ def audit(
 def chances(config: AuditConfig, num_pairs: int) -> list[int]:
     """The seed of the searches of each pair, by its place."""
     return new_seeds(torch.Generator().manual_seed(config.seed), num_pairs)
-
-
-def expect_searchable(pipe: Any) -> None:
-    """Raises ValueError for a pipeline other than Stable Diffusion 1 or 2."""
-    search(pipe, torch.zeros(0, 1, 1, 1), torch.zeros(0, 1, 1), [])  # of no picture
 
 
 def merged(audits: Sequence[Audit]) -> Audit:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gencompress.core.mask import Mask
 from gencompress.core.units import Scores, Units
@@ -17,7 +16,7 @@ from gencompress.files import FormatError
 from gencompress.t2i.calibrate import conditions
 from gencompress.t2i.dori import nemo, wanda
 from gencompress.t2i.dori.audit import Audit
-from gencompress.t2i.dori.draw import Clock, expect_unet, walk
+from gencompress.t2i.dori.draw import expect_unet
 from gencompress.t2i.dori.locality import agreement
 from gencompress.t2i.dori.masks import provenance, read_mask, save_mask, union
 from gencompress.t2i.dori.settings import MASKS, Config, Memories
@@ -130,11 +129,13 @@ def compared(
     if len(states) < 2 or config.scope == wanda.TEXT:  # which no trigger passes
         return []
     nothing = conditions(pipe, [""])["encoder_hidden_states"][0].float()
-    base = _norms_of(pipe, nothing, how, config)
+    base = wanda.norms_of_state(pipe, nothing, how, config.sampling)
     masks = []
     for number, state in enumerate(states):
         progress(f"comparing masks: {number} of {len(states)}")
-        masks.append(wanda.select(pipe, _norms_of(pipe, state, how, config), base, how))
+        masks.append(
+            wanda.select(pipe, wanda.norms_of_state(pipe, state, how, config.sampling), base, how)
+        )
     table = [[1.0] * len(masks) for _ in masks]
     for i in range(len(masks)):
         for j in range(i):
@@ -203,12 +204,3 @@ def _norms(
         )
         found.append((target, base))
     return found
-
-
-def _norms_of(pipe: Any, state: Tensor, how: wanda.WandaConfig, config: Config) -> wanda.Norms:
-    """Of one text state [T, C], from the noise of seed 0."""
-    clock, rows = Clock(), {"encoder_hidden_states": state[None]}
-    with wanda._summing(wanda.layers(pipe, how.scope), how.steps, clock) as squares:
-        for _ in walk(pipe, rows, [0], config.sampling, clock=clock, calls=how.steps):
-            pass
-    return wanda.Norms(squares)

@@ -26,13 +26,13 @@ from gencompress.measure import Measurement
 from gencompress.t2i.calibrate import calibrated, image_latents
 from gencompress.t2i.distill import again
 from gencompress.t2i.dori import baselines, nemo, quality, wanda
-from gencompress.t2i.dori.audit import expect_searchable
 from gencompress.t2i.dori.detect import noise_magnitudes, separation
 from gencompress.t2i.dori.locate import as_many, compared, locate, scored
 from gencompress.t2i.dori.masks import applied, num_removed, written
 from gencompress.t2i.dori.pairs import check_captions, load_pairs, pictures
 from gencompress.t2i.dori.pool import clean_samples
 from gencompress.t2i.dori.repair import repair
+from gencompress.t2i.dori.search import expect_plain
 from gencompress.t2i.dori.settings import MASKS, Cleaned, Config, Memories, read, write
 from gencompress.t2i.dori.summary import curve, says
 from gencompress.t2i.dori.surrogates import Surrogates, make_surrogates
@@ -62,7 +62,7 @@ def load(
         target, others, device, dtype,
         size=config.size, images=config.images, steps=config.steps, guidance=config.guidance,
     )  # fmt: skip
-    expect_searchable(pipe)
+    expect_plain(pipe)
     copies = next((judge for judge in inputs.judges if judge.kind == "copies"), None)
     if copies is None:
         raise ValueError("no copy detector: expected --data judges=FOLDER with a folder copies")

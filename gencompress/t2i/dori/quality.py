@@ -3,7 +3,6 @@ the pictures of a preview."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from gencompress.t2i.dori.search import starts
 from gencompress.t2i.dori.settings import Cleaned, Memories
 from gencompress.t2i.dori.summary import level, rate, sheet
 from gencompress.t2i.evaluate import make_images
-from gencompress.t2i.pictures import save_image, shown, write_pair
+from gencompress.t2i.pictures import save_image, shown, write_index, write_pair
 from gencompress.t2i.quality import drawing_rows
 from gencompress.t2i.train import Progress, quiet
 
@@ -132,8 +131,7 @@ def write_preview(
             "and triggers of a few pictures."
         )
         plates.append({"file": "agreement.png", "caption": words})
-    text = json.dumps({"views": views, "pictures": plates}, indent=1)
-    (folder / "index.json").write_text(text, encoding="utf-8")
+    write_index(views, folder, plates)
 
 
 def _row(found: dict[str, Finding]) -> Tensor:

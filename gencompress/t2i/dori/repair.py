@@ -24,13 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gencompress.t2i.calibrate import conditions
 from gencompress.t2i.data.cache import digest
 from gencompress.t2i.distill import Draws, diffuse, predict
-from gencompress.t2i.dori.draw import expect_unet
 from gencompress.t2i.dori.masks import model_digest
 from gencompress.t2i.dori.pool import Pool, captions_only, kept, refreshed
-from gencompress.t2i.dori.search import SearchConfig
+from gencompress.t2i.dori.search import SearchConfig, expect_plain
 from gencompress.t2i.pipeline import hushed
 from gencompress.t2i.train import (
     PRECISIONS,
@@ -282,7 +280,7 @@ def _samples(clean: Data, numbers: list[int], seed: int) -> Batch:
 
 
 def _expect(pipe: Any, latents: Tensor, captions: Sequence[str], surrogates: Tensor) -> None:
-    expect_unet(pipe)
+    expect_plain(pipe)
     fits = surrogates.ndim == 5 and surrogates.shape[1] and len(captions)
     if not fits or not len(latents) == len(captions) == len(surrogates):
         raise ValueError(
@@ -293,9 +291,4 @@ def _expect(pipe: Any, latents: Tensor, captions: Sequence[str], surrogates: Ten
         raise ValueError(
             f"latents {tuple(latents.shape[1:])} and surrogates {tuple(surrogates.shape[2:])}; "
             "expected the same [C, h, w]"
-        )
-    if len(conditions(pipe, [""])) != 1:
-        raise ValueError(
-            f"a {type(pipe).__name__} whose U-Net is told more than text states: the repair is for "
-            "Stable Diffusion 1 and 2"
         )

@@ -118,7 +118,7 @@ def search(
         ValueError: a pipeline other than Stable Diffusion 1 or 2, shapes that do not fit, or a
             search that leaves the numbers.
     """
-    unet = _expect_plain(pipe)
+    unet = expect_plain(pipe)
     if not len(latents) == len(start) == len(seeds) or start.ndim != 3:
         raise ValueError(
             f"{len(latents)} pictures, starts {tuple(start.shape)}, {len(seeds)} seeds; expected "
@@ -255,8 +255,9 @@ def _each(seeds: Sequence[int], count: int, device: torch.device) -> Draws:
     return Draws(tuple(one for one in own.generators for _ in range(count)), device)
 
 
-def _expect_plain(pipe: Any) -> Any:
-    """The U-Net, if all it is told are the states that are searched for."""
+def expect_plain(pipe: Any) -> Any:
+    """The U-Net, if all it is told are the states that are searched for. Raises ValueError for a
+    pipeline other than Stable Diffusion 1 or 2."""
     unet = expect_unet(pipe)
     config = unet.config
     if config.addition_embed_type is not None or config.encoder_hid_dim_type is not None:

@@ -122,6 +122,16 @@ def gather_norms(
     return Norms(squares)
 
 
+def norms_of_state(pipe: Any, state: Tensor, config: WandaConfig, how: Sampling) -> Norms:
+    """Of one text state [T, C] in place of prompts, from the noise of seed 0; not for TEXT, which
+    no state passes."""
+    clock, rows = Clock(), {"encoder_hidden_states": state[None]}
+    with _summing(layers(pipe, config.scope), config.steps, clock) as squares:
+        for _ in walk(pipe, rows, [0], how, clock=clock, calls=config.steps):
+            pass
+    return Norms(squares)
+
+
 def select(pipe: Any, target: Norms, base: Norms, config: WandaConfig) -> Mask:
     """The mask, on the CPU: a weight is removed if it is among the first floor(rho I) of its row
     for the target prompts, and higher than for the base prompts, in more than `select_ratio` of

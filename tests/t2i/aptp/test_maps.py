@@ -11,6 +11,7 @@ from gencompress.t2i.aptp import maps
 from gencompress.t2i.aptp.maps import COLOURS, plane, shares_kept, write_maps, write_views
 from gencompress.t2i.aptp.router import route
 from gencompress.t2i.evaluate import EvaluationSet, make_images
+from gencompress.t2i.pictures import write_index
 from gencompress.t2i.pipeline import with_denoiser
 
 
@@ -39,7 +40,7 @@ def test_a_sheet_for_every_expert_that_has_pictures(made, rows, tmp_path):
     wanted = EvaluationSet(tuple(PROMPTS[:9]), tuple(range(9)), 2, 1.0, 32)
     before = with_denoiser(made.pipe, made.dense)
     views = write_views(before, made, rows, wanted, tmp_path)
-    maps.write_index(views, write_maps(made, rows, PROMPTS, wanted.prompts, tmp_path), tmp_path)
+    write_index(views, tmp_path, write_maps(made, rows, PROMPTS, wanted.prompts, tmp_path))
     ids = route(made.router, wanted.prompts).tolist()
     used = sorted(set(ids))
     assert [view["name"] for view in views] == [f"expert {k}" for k in used]
