@@ -201,25 +201,12 @@ def _glb(folder: Path) -> None:
 
 
 def _field(storage: str, bits: int) -> Reader:
-    from gencompress_kernels.hashgrid_encode import hashgrid_levels
+    from nerf.nerf_samples import make_field
 
     from gencompress.nerf import formats
-    from gencompress.nerf.field import Space, new_field
 
     def make(folder: Path) -> None:
-        g = torch.Generator().manual_seed(0)
-        space = Space((-1.0, -1.0, -1.0), (1.0, 1.0, 2.0), step=0.02)
-        field = new_field(hashgrid_levels(3, 2, 4, 16, 9), space, g, saliency=5, occupancy=8)
-        field = replace(
-            field,
-            table=torch.randn(field.table.shape, generator=g),
-            logits=torch.randn(5, 5, 5, generator=g) * 3,
-            cells=torch.rand(4, 4, 4, generator=g) < 0.2,
-            alpha=1e5,
-            storage=storage,
-            bits=bits,
-        )
-        formats.write(folder / "a.safetensors", field)
+        formats.write(folder / "a.safetensors", make_field(storage, bits))
 
     def read(folder: Path) -> None:
         formats.is_field(folder / "a.safetensors")

@@ -13,7 +13,7 @@ from gencompress_kernels.hashgrid_encode import hashgrid_levels
 from PIL import Image
 
 from gencompress.nerf import formats, occupancy, pictures, shrink
-from gencompress.nerf.field import Space, new_field
+from gencompress.nerf.field import Field, Space, new_field
 from gencompress.nerf.train import Training, train
 from gencompress.views.camera import pixel_rays
 from gencompress.views.rays import Shots
@@ -114,3 +114,18 @@ def hollow_ball():
             torch.Generator().manual_seed(0),
             log_every=50,
         )
+
+
+def make_field(storage="compact", bits=16, seed=0) -> Field:
+    g = torch.Generator().manual_seed(seed)
+    space = Space((-1.0, -1.0, -1.0), (1.0, 1.0, 2.0), step=0.02)
+    field = new_field(hashgrid_levels(3, 2, 4, 16, 9), space, g, saliency=5, occupancy=8)
+    return replace(
+        field,
+        table=torch.randn(field.table.shape, generator=g),
+        logits=torch.randn(5, 5, 5, generator=g) * 3,
+        cells=torch.rand(4, 4, 4, generator=g) < 0.2,
+        alpha=1e5,
+        storage=storage,
+        bits=bits,
+    )

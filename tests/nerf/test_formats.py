@@ -9,34 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from gencompress_kernels.hashgrid_encode import hashgrid_levels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nerf.nerf_samples import make_field
 from safetensors.torch import save, save_file
 
 from gencompress.files import FormatError
 from gencompress.nerf import formats
-from gencompress.nerf.field import Field, Space, new_field
 from gencompress.nerf.formats import describe, is_field, read, write
 from gencompress.nerf.storage import pack, referenced_rows
 
 KINDS = [("faithful", 32), ("faithful", 16), ("masked", 16), ("compact", 16), ("quant", 4)]
 KINDS = [*KINDS, ("quant", 8)]
-
-
-def make_field(storage="compact", bits=16, seed=0) -> Field:
-    g = torch.Generator().manual_seed(seed)
-    space = Space((-1.0, -1.0, -1.0), (1.0, 1.0, 2.0), step=0.02)
-    field = new_field(hashgrid_levels(3, 2, 4, 16, 9), space, g, saliency=5, occupancy=8)
-    return replace(
-        field,
-        table=torch.randn(field.table.shape, generator=g),
-        logits=torch.randn(5, 5, 5, generator=g) * 3,
-        cells=torch.rand(4, 4, 4, generator=g) < 0.2,
-        alpha=1e5,
-        storage=storage,
-        bits=bits,
-    )
 
 
 @pytest.fixture(scope="module")
