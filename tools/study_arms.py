@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ from gencompress.t2i.aptp.gates import layout
 from gencompress.t2i.aptp.routed import Routed, how, images
 from gencompress.t2i.calibrate import calibrated
 from gencompress.t2i.dense2moe.accounting import account
-from gencompress.t2i.dense2moe.arms import at_random, smaller, staged
+from gencompress.t2i.dense2moe.arms import rival
+from gencompress.t2i.dense2moe.method import planned
 from gencompress.t2i.distill import again
 from gencompress.t2i.evaluate import make_images, subjects
 from gencompress.t2i.inputs import Inputs
@@ -68,25 +69,20 @@ def dense2moe_arm(
     pipe: Any, data: Inputs, budget: Budget, config: Any, name: str, work: Path
 ) -> tuple[Any, float, list[Any]]:
     """The same with the share of the parameters that are activated."""
-    generator, dense = torch.Generator().manual_seed(0), parameters(denoiser(pipe)[0])
-    seen = calibrated(pipe, data, config.latents, work, said)
-    if name in (OURS, "random"):
-        plan = dense2moe.predict(pipe, data, budget, config)
-        config = replace(config, top_k=int(plan["experts a token"]))
+    generator, dense = torch.Generator().manual_seed(0), denoiser(pipe)[0]
     if name == OURS:
         made = dense2moe.compress(pipe, data, budget, config, again(generator), work / name, said)
-        return made.model, account(denoiser(made.model)[0], SMALL, 1).active / dense, made.log
-    used = dense2moe.predict(pipe, data, budget, config)["active after"]
-    if name != "random":
-        arm, log = smaller(pipe, seen, used, config, name, again(generator), said)
-        return arm, parameters(denoiser(arm)[0]) / dense, log
-    _, scores = dense2moe.score(pipe, data, config, again(generator))
-    mixture = dense2moe.method._planned(denoiser(pipe)[0], budget, config)
-    chance = again(generator)
-    arm, log = staged(
-        pipe, seen, mixture, at_random(dict(scores), chance), None, config, None, chance, said
-    )
-    return arm, used / dense, log
+        arm, log = made.model, made.log
+        used = account(denoiser(arm)[0], SMALL, 1).active
+    else:
+        seen = calibrated(pipe, data, config.latents, work, said)
+        used = int(dense2moe.predict(pipe, data, budget, config)["active after"])
+        _, scores = dense2moe.score(pipe, data, config, again(generator))
+        mixture = planned(dense, budget, config)
+        arm, log = rival(pipe, seen, used, mixture, scores, config, name, again(generator), said)
+        if name != "random":
+            used = parameters(denoiser(arm)[0])
+    return arm, used / parameters(dense), log
 
 
 def said(text: str) -> None:
@@ -228,7 +224,7 @@ def main() -> None:
     head = ["arm", "share", "answers, dB", "processor min", *named]
     print(table(head, rows), end="\n\n")
     rows = []
-    for name in [*found][2:] if OURS in found else []:
+    for name in [n for n in found if n not in (DENSE, OURS)] if OURS in found else []:
         each = {key: difference(found[OURS][key], found[name][key], key) for key in named}
         result["ours minus"][name] = {key: asdict(one) for key, one in each.items()}
         rows.append(
