@@ -208,6 +208,23 @@ def splats() -> None:
     triton_ops_squares.squared_gradients(shot, True)
 
 
+def triangles() -> None:
+    from gencompress_kernels.rasterize_triangles import triton_ops
+
+    polygons, points = torch.zeros(60, 4, dtype=torch.int32), torch.ones(99, 2)
+    maps, out = torch.ones(2, 20, 30), torch.ones(60, 4, 2)
+    sums, peak, extent = torch.ones(60, 2), torch.ones(60), torch.ones(60, 2)
+    triton_ops.silhouettes(points, polygons, 0.4, maps.clone())
+    triton_ops.silhouettes_backward(maps, maps, points, polygons, 0.4, out)
+    for cull in (False, True):
+        triton_ops.coverage(points, polygons, maps, 0.4, cull, sums, peak, extent)
+        triton_ops.coverage_backward(sums, points, polygons, maps, 0.4, cull, out)
+    winner, faces = torch.zeros(2, 20, 30, dtype=torch.int32), torch.zeros(30, 3).long()
+    triton_ops.visible(points, points[:, 0].contiguous(), polygons, winner)
+    lenses, weights = torch.ones(2, 3, 3), torch.ones(2, 20, 30, 3)
+    triton_ops.weigh(winner, torch.ones(2, 49, 3), faces, lenses, maps, weights)
+
+
 if __name__ == "__main__":
     for name in dispatch.OPS:
         if importlib.util.find_spec(f"gencompress_kernels.{name}.triton_ops"):
@@ -218,4 +235,5 @@ if __name__ == "__main__":
             module.launch = compile_instead
     calls()
     splats()
+    triangles()
     json.dump(found, sys.stdout, indent=1)

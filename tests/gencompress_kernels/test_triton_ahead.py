@@ -36,10 +36,13 @@ def test_every_kernel_compiles_without_spills(found, record_property):
 
 
 def test_rounding_is_as_promised(found):
-    """Walks and lists of tiles multiply and add apart; scores keep their smallest numbers."""
+    """Walks, lists of tiles and edges of triangles multiply and add apart; scores keep their
+    smallest numbers."""
     walks = [usage for name, usage in found.items() if name.startswith("march_rays._march")]
     scores = [usage for name, usage in found.items() if name.startswith("wanda_mask.")]
     tiles = [usage for name, usage in found.items() if "_tiles " in name]
+    edges = [usage for name, usage in found.items() if ".find_front" in name]
+    assert len(edges) == len(ARCHITECTURES) and not any(usage["fused"] for usage in edges)
     assert len(tiles) == 4 * len(ARCHITECTURES) and not any(usage["fused"] for usage in tiles)
     assert len(walks) >= 8 * len(ARCHITECTURES) and not any(usage["fused"] for usage in walks)
     assert len(scores) == 2 * len(ARCHITECTURES) and not any(usage["flushed"] for usage in scores)

@@ -5,8 +5,6 @@
 #include "soft.cuh"
 
 constexpr int WARPS = 4;
-// 2^34 parts of a logarithm: 4 million times STEEP fit 63 bits
-constexpr double SHARE = 17179869184.0;
 
 // log(1 - P) of all polygons into a picture of sums
 extern "C" __global__ void __launch_bounds__(128) cover(

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from gencompress_kernels.nvrtc import Kernel, blocks_of, kernel, long
-from gencompress_kernels.rasterize_triangles import reference
+from gencompress_kernels.rasterize_triangles import reference, walk
 
 SOURCE = "rasterize_triangles/cuda.cu"
-CONSTANTS = {"BLUR": reference.BLUR, "STEEP": reference.STEEP}
+CONSTANTS = {
+    "BLUR": reference.BLUR, "STEEP": reference.STEEP, "SHARE": walk.SHARE,
+    "TILE_COLUMNS": walk.TILE_COLUMNS, "TILE_ROWS": walk.TILE_ROWS,
+}  # fmt: skip
 WARPS = 4  # polygons a block
 _cover = kernel(SOURCE, "cover", CONSTANTS)
 _uncover = kernel(SOURCE, "uncover", CONSTANTS)
@@ -113,12 +116,8 @@ def _per_polygon(
 
 
 def _holes(masks: Tensor, cull: bool) -> Tensor | None:
-    """int32 [C, H + 1, W + 1]: how many pixels above and left of a place are not ones of the mask;
-    None without `cull`."""
-    if not cull:
-        return None
-    count = (masks < 1).cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
-    return torch.nn.functional.pad(count, (1, 0, 1, 0)).contiguous()
+    """As `walk.holes`; None without `cull`."""
+    return walk.holes(masks) if cull else None
 
 
 def _single(points: Tensor) -> Tensor:

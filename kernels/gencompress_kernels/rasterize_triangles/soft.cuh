@@ -1,8 +1,6 @@
 // How far a pixel lies from the edges of a polygon: the arithmetic of `cpu_soft.py`, for one pixel.
-// BLUR and STEEP are those of `reference.py`.
+// BLUR and STEEP are those of `reference.py`, TILE_COLUMNS, TILE_ROWS and SHARE those of `walk.py`.
 #include "../common.cuh"
-
-constexpr int TILE_COLUMNS = 64, TILE_ROWS = 32;  // float32 holds the places within to a millionth
 
 // An edge as seen from the first pixel centre of a tile. It starts where it passes the middle of
 // the tile, so that a corner far outside of the picture costs no precision.
