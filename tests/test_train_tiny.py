@@ -339,6 +339,22 @@ def test_a_teacher_that_knows_the_noise_gives_the_flow(tool, made, monkeypatch, 
     assert torch.equal(found.latents, met.latents)
 
 
+@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_while_training_is_the_fused_one(tool, generator, scale, masked):
+    """The T5 encoder asks for a scale of 1 and adds its places as a mask."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=generator)
+    mask = torch.randn(1, 4, 6, 6, generator=generator) if masked else None
+    given = {"query": q, "key": k, "value": v, "attn_mask": mask, "dropout_p": 0.0, "scale": scale}
+    wanted = attend(**given)
+    with tool.attending():
+        assert torch.nn.functional.scaled_dot_product_attention is not attend
+        found = torch.nn.functional.scaled_dot_product_attention(**given)
+    assert torch.nn.functional.scaled_dot_product_attention is attend
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
 def test_guidance_of_the_teacher_and_where_the_data_takes_over(tool, made, monkeypatch):
     def noise(x, timesteps, told):
         assert torch.equal(told["encoder_hidden_states"][0], told["encoder_hidden_states"][4])

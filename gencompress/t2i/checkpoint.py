@@ -16,9 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gencompress.files import FormatError, save_tensors, writing
+from gencompress.t2i.shard import local, part_of
 
 Log = list[dict[str, Any]]
-MOMENT, GENERATOR = "moment/", "generator"
+# names in it: of weights and buffers, of their average, and of the optimiser's weight/moment
+MODEL, AVERAGE, MOMENT = "model/", "average/", "moment/"
+GENERATOR = "generator"
 ABOUT = "train"  # the key of the metadata: JSON of `decides` and the fields of State
 
 
@@ -69,6 +72,8 @@ def resume(
     """The state and the optimiser's tensors (names without MOMENT) of the checkpoint; a start where
     there is none. Writes into `tensors` and the generator what they were.
 
+    Of what is sharded each process takes its part, also of a file that one process wrote.
+
     Raises:
         FormatError: the file is broken, of a run that something else decides, or of another model.
         FileNotFoundError: there is no folder to hold it.
@@ -90,7 +95,7 @@ def resume(
             f"the checkpoint of another run, with {', '.join(changed)}; remove it, choose another "
             "folder, or take these settings back",
         )
-    state = found.pop(GENERATOR)
+    state = found.pop(GENERATOR).clone()
     moments = {name: value for name, value in found.items() if name.startswith(MOMENT)}
     shapes = {name: value.shape for name, value in found.items() if name not in moments}
     own = {name: value.shape for name, value in tensors.items()}
@@ -99,17 +104,22 @@ def resume(
         raise FormatError(path, f"the checkpoint of another model: they differ in {name!r}")
     with torch.no_grad():
         for name, value in tensors.items():
-            value.copy_(found[name])
+            local(value).copy_(part_of(found[name], value))
     generator.set_state(state)
-    return State(**about), {name.removeprefix(MOMENT): one for name, one in moments.items()}
+    parts = {}
+    for name, value in moments.items():
+        name = name.removeprefix(MOMENT)
+        like = tensors.get(MODEL + name.rpartition("/")[0])
+        # clones: memory of their own, not the mapped file that is soon replaced
+        parts[name] = (value if like is None else part_of(value, like)).clone()
+    return State(**about), parts
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            # clones: memory of their own, not the mapped file that is soon replaced
             names = file.keys()
-            tensors = {name: file.get_tensor(name).clone() for name in names}
+            tensors = {name: file.get_tensor(name) for name in names}  # of the mapped file
             about = json.loads((file.metadata() or {})[ABOUT])
         torch.Generator().set_state(tensors[GENERATOR])
         whole = {"decides": {}, **asdict(State())}

@@ -1,5 +1,6 @@
-"""The loop that trains modules of text-to-image models, whatever the losses are: AdamW, precision,
-moving average, log, checkpoints; one process or several under `accelerate launch`.
+"""The loop that trains modules of text-to-image models, whatever the losses are: optimizer,
+precision, moving average, log, checkpoints; one process or several under `accelerate launch`, with
+whole weights in each or sharded ones.
 
 A run that was killed and started again ends in the same bits as one that was not (one process,
 the same machine), if the steps depend on nothing but what they are given.
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from gencompress.files import sweep
-from gencompress.t2i.checkpoint import MOMENT, Log, State, resume, save
+from gencompress.t2i.checkpoint import AVERAGE, MODEL, Log, State, resume, save
 from gencompress.t2i.distill import Draws, draws, seeds
+from gencompress.t2i.optimizer import OPTIMIZERS, Weights, kept_moments, optimizers, tables_of
+from gencompress.t2i.shard import asked, clipped, gathered, is_sharded, sharded
 from gencompress.t2i.weights import EMA, Masters, trained
 
 Progress = Callable[[str], None]
@@ -31,10 +34,8 @@ Batch = dict[str, Tensor]
 # samples by index, or an endless stream: called with the numbers of the samples of a batch
 Data = Sequence[Batch] | Callable[[list[int]], Batch]
 Step = Callable[[int, Batch, Draws], Mapping[str, Tensor]]
-Weights = Mapping[str, nn.Parameter]  # as `trained` names them
 
 FILE = "checkpoint.safetensors"
-MODEL, AVERAGE = "model/", "average/"  # before names in it
 PRECISIONS = ("no", "bf16", "pure-bf16")
 SAVING = 0.05  # of the time, most that timed checkpoints take
 
@@ -49,11 +50,12 @@ class Training:
 
     steps: int
     batch: int  # samples of a step, over all processes
-    rate: float = 1e-4  # of AdamW, after `warmup` steps of rising to it
+    rate: float = 1e-4  # of the optimizer, after `warmup` steps of rising to it
     warmup: int = 0  # steps
     last_rate: float = 0.0  # of `rate` at the end; falls as half a cosine. 1: constant
     betas: tuple[float, float] = (0.9, 0.999)
     decay: float = 0.01  # of the weights
+    optimizer: str = "adamw"  # or muon, faster by steps: matrices by Muon, the rest by AdamW
     clip: float = 1.0  # largest norm of all gradients together; 0: any
     ema: float = 0.0  # decay of a moving average of the weights, as 0.999; 0: none is kept
     # no: float32; bf16: autocast; pure-bf16: bfloat16 weights with float32 masters, the fastest
@@ -73,6 +75,8 @@ class Training:
                 raise ValueError(f"{name} {getattr(self, name)}: {bound} or more")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r}: known are {', '.join(PRECISIONS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer {self.optimizer!r}: known are {', '.join(OPTIMIZERS)}")
         if self.rate <= 0 or not 0 <= self.last_rate <= 1 or not 0 <= self.ema < 1:
             raise ValueError("rate is above 0, last_rate 0 to 1, ema 0 or more and below 1")
         if min(self.decay, self.clip, self.save_seconds) < 0:
@@ -117,6 +121,7 @@ def fit(
     workdir: Path | None,
     generator: torch.Generator,
     *,
+    frozen: Sequence[nn.Module] = (),
     run: str = "",
     progress: Progress = quiet,
 ) -> tuple[Log, EMA | None]:
@@ -125,7 +130,8 @@ def fit(
 
     Under `accelerate launch` or `torchrun` every process calls this with equal arguments and takes
     its share of each batch; gradients are averaged, so the result is that of one process up to
-    rounding, if "loss" is a mean over samples. The same holds for `at_once`.
+    rounding, if "loss" is a mean over samples. The same holds for `at_once`. With `--use_fsdp
+    --fsdp_version 2` weights, gradients, moments and average are sharded (`shard.sharded`).
 
     Args:
         models: by name, on one device, float32 where trained, in the mode (`train`, `eval`) that
@@ -140,6 +146,7 @@ def fit(
         workdir: holds the checkpoint, written every `save_steps` or `save_seconds` and at the end,
             whole or not at all; None: none.
         generator: on the CPU; its first seed orders the data; moved on by the steps.
+        frozen: what else the steps call, say a teacher: sharded, too, where the models are.
         run: names what else decides the run (data, teacher, losses); kept in the checkpoint.
 
     Returns:
@@ -149,7 +156,8 @@ def fit(
 
     Raises:
         ValueError: nothing to train, trained weights that are not float32, no samples, a batch
-            that does not divide among the processes, or a tracker that is not installed.
+            that does not divide among the processes, sharding of another kind, or a tracker that is
+            not installed.
         FormatError: the checkpoint is broken, or of another run.
         FileNotFoundError: there is no folder `workdir`.
         RuntimeError: a loss or gradient is not finite; that step is not saved.
@@ -158,7 +166,31 @@ def fit(
     from accelerate import Accelerator
 
     team = Accelerator(log_with=list(how.trackers) or None, project_dir=workdir)
-    parameters = _checked(models, data, how, team)
+    _check(models, data, how, team)
+    low = how.precision == "pure-bf16"
+    with sharded(list(models.values()), frozen, team, low) as used:
+        log, ema = _fit(
+            models, step, data, how, workdir, generator, run, progress, team, used
+        )  # fmt: skip
+    team.wait_for_everyone()
+    return log, ema if how.ema else None
+
+
+def _fit(
+    models: Mapping[str, nn.Module],
+    step: Step,
+    data: Data,
+    how: Training,
+    workdir: Path | None,
+    generator: torch.Generator,
+    run: str,
+    progress: Progress,
+    team: Any,
+    used: set[Tensor],
+) -> tuple[Log, EMA]:
+    """`fit`, of models that are sharded or whole; `used` as from `sharded`."""
+    parameters = trained(models)
+    apart = any(is_sharded(one) for one in parameters.values())
     device = next(iter(parameters.values())).device
     share = how.batch // team.num_processes
     own = slice(team.process_index * share, (team.process_index + 1) * share)
@@ -179,8 +211,10 @@ def fit(
         progress(f"resuming: step {state.step:,} of {how.steps:,}")
     _track(team, how, decides)
     masters = Masters(models) if how.precision == "pure-bf16" else None
-    weights: Weights = masters.high if masters else parameters
-    optimizer = _optimizer(weights, how, moments)
+    weights: Weights = {**parameters, **masters.high} if masters else parameters
+    movers = optimizers(
+        weights, how.optimizer, how.rate, how.betas, how.decay, tables_of(models), moments
+    )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bf16")
     saved, cost = time.monotonic(), 0.0
     begin, shown = saved - state.seconds, (state.step, state.seconds)
@@ -194,16 +228,19 @@ def fit(
             if masters:
                 masters.take()
             if team.num_processes > 1:
-                found = _agreed(found, weights, team)
-            found["norm"] = _clipped(weights, how.clip)
+                found = _agreed(found, weights, used, team)
+            found["norm"] = float(clipped(weights.values(), how.clip or math.inf))
             for name, value in found.items():
                 if not math.isfinite(value):
                     raise RuntimeError(f"step {state.step + 1}: {name} is {value}; {_left(path)}")
                 total = state.window.setdefault(name, [0.0, 0])
                 total[:] = total[0] + value, total[1] + 1
-            lr = optimizer.param_groups[0]["lr"] = rate_at(state.step, how)
-            optimizer.step()
-            optimizer.zero_grad()
+            lr = rate_at(state.step, how)
+            for mover in movers:
+                for group in mover.param_groups:
+                    group["lr"] = lr
+                mover.step()
+                mover.zero_grad()
             if masters:
                 masters.give()
             if how.ema:
@@ -215,27 +252,30 @@ def fit(
                 team.log({k: v for k, v in state.log[-1].items() if k != "kind"}, state.step)
                 progress(_line(state, how.steps, *shown))
                 shown = state.step, state.seconds
-            due = how.save_steps and state.step % how.save_steps == 0
             now = time.monotonic()
-            due = due or how.save_seconds and now - saved >= max(how.save_seconds, cost / SAVING)
-            if path is not None and (end or due):
-                kept = _kept(models, weights, ema) | _moments(weights, optimizer)
-                save(path, decides, state, kept, generator)
+            late = how.save_seconds and now - saved >= max(how.save_seconds, cost / SAVING)
+            counted = how.save_steps and state.step % how.save_steps == 0
+            due = path is not None and bool(end or counted or late)
+            if apart:  # all gather what the main process writes, when it says so
+                due = bool(team.reduce(torch.tensor(float(due), device=device)) > 0)
+            if due:
+                kept = _kept(models, weights, ema) | kept_moments(weights, movers)
+                kept = gathered(kept, team.is_main_process)
+                if path is not None:
+                    save(path, decides, state, kept, generator)
                 cost = (saved := time.monotonic()) - now
     finally:
-        optimizer.zero_grad()
+        for mover in movers:
+            mover.zero_grad()
         if masters:
             masters.restore()
         for tracker in team.trackers:  # `team.end_training` would end the processes' group too
             tracker.finish()
-    team.wait_for_everyone()
-    return state.log, ema if how.ema else None
+    return state.log, ema
 
 
-def _checked(
-    models: Mapping[str, nn.Module], data: Data, how: Training, team: Any
-) -> dict[str, nn.Parameter]:
-    """What is trained, the same in every process."""
+def _check(models: Mapping[str, nn.Module], data: Data, how: Training, team: Any) -> None:
+    """Makes the models the same in every process. Raises as `fit`."""
     parameters = trained(models)
     if not parameters:
         raise ValueError("no parameter of the models wants gradients: there is nothing to train")
@@ -245,16 +285,18 @@ def _checked(
         one.grad = None
     if not callable(data) and len(data) == 0:
         raise ValueError("the data has no samples")
+    if how.optimizer == "muon" and asked():
+        raise ValueError("optimizer muon: takes whole matrices; train shards by adamw")
     if team.num_processes > 1:
-        if team.distributed_type.value not in ("MULTI_CPU", "MULTI_GPU"):
-            raise ValueError(f"{team.distributed_type.value}: launch plain processes, no sharding")
+        if team.distributed_type.value not in ("MULTI_CPU", "MULTI_GPU", "FSDP"):
+            raise ValueError(f"{team.distributed_type.value}: expected plain processes, or FSDP")
         if how.batch % team.num_processes:
             raise ValueError(f"batch {how.batch} does not divide by {team.num_processes} processes")
-        for one in parameters.values():
-            first = one.data.contiguous()
-            torch.distributed.broadcast(first, 0)
-            one.data.copy_(first)
-    return parameters
+        for model in models.values():
+            for one in (*model.parameters(), *model.buffers()):
+                first = one.data.to(team.device).contiguous()
+                torch.distributed.broadcast(first, 0)
+                one.data.copy_(first)
 
 
 def _track(team: Any, how: Training, decides: dict[str, Any]) -> None:
@@ -317,55 +359,29 @@ def _stacked(rows: list[Batch]) -> Batch:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _agreed(found: dict[str, float], weights: Weights, team: Any) -> dict[str, float]:
-    """Averages gradients and losses over the processes. A weight that no process used stays without
-    a gradient, as in one process; one that some used has zeros from the others."""
+def _agreed(
+    found: dict[str, float], weights: Weights, used: set[Tensor], team: Any
+) -> dict[str, float]:
+    """Averages gradients and losses over the processes; of sharded weights it has been done. One
+    that no process used stays without a gradient, as in one process; one that some used has zeros
+    from the others."""
     device = next(iter(weights.values())).device
-    used = torch.tensor([float(one.grad is not None) for one in weights.values()], device=device)
-    used = team.reduce(used, "sum").tolist()
-    ours = [one for one, count in zip(weights.values(), used, strict=True) if count]
-    for one in ours:
-        if one.grad is None:
+    ours = [one in used if is_sharded(one) else one.grad is not None for one in weights.values()]
+    used.clear()
+    counts = team.reduce(torch.tensor(ours, dtype=torch.float32, device=device), "sum").tolist()
+    for one, count in zip(weights.values(), counts, strict=True):
+        if count and one.grad is None:
             one.grad = torch.zeros_like(one)
+        elif not count:
+            one.grad = None
+    whole_ones = [one for one in weights.values() if one.grad is not None and not is_sharded(one)]
     values = torch.tensor(list(found.values()), device=device)
-    flat = torch.cat([values, *(one.grad.flatten() for one in ours)])
-    losses, *gradients = team.reduce(flat, "mean").split([len(values), *map(Tensor.numel, ours)])
-    for one, gradient in zip(ours, gradients, strict=True):
+    flat = torch.cat([values, *(one.grad.flatten() for one in whole_ones)])
+    sizes = [len(values), *map(Tensor.numel, whole_ones)]
+    losses, *gradients = team.reduce(flat, "mean").split(sizes)
+    for one, gradient in zip(whole_ones, gradients, strict=True):
         one.grad.copy_(gradient.view(one.shape))
     return dict(zip(found, losses.tolist(), strict=True))
-
-
-def _clipped(weights: Weights, most: float) -> float:
-    """The norm of all gradients, which is at most `most` afterwards."""
-    return float(nn.utils.clip_grad_norm_(weights.values(), most or math.inf))
-
-
-def _optimizer(weights: Weights, how: Training, moments: dict[str, Tensor]) -> torch.optim.AdamW:
-    """AdamW with the moments of a checkpoint, named "weight/moment", where there is one."""
-    found = torch.optim.AdamW(
-        weights.values(), how.rate, how.betas, weight_decay=how.decay, fused=True
-    )
-    slots: dict[int, dict[str, Tensor]] = {}
-    order = {name: number for number, name in enumerate(weights)}
-    for name, value in moments.items():
-        weight, _, moment = name.rpartition("/")
-        if value.ndim:
-            # fused kernels go through memory: a moment lies in it as its weight does
-            value = torch.empty_like(weights[weight], requires_grad=False).copy_(value)
-        slots.setdefault(order[weight], {})[moment] = value
-    if slots:
-        groups = found.state_dict()["param_groups"]
-        found.load_state_dict({"state": slots, "param_groups": groups})
-    return found
-
-
-def _moments(weights: Weights, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """What `_optimizer` reads back."""
-    return {
-        f"{MOMENT}{name}/{moment}": value
-        for name, one in weights.items()
-        for moment, value in optimizer.state.get(one, {}).items()
-    }
 
 
 def _kept(models: Mapping[str, nn.Module], weights: Weights, ema: EMA) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gencompress.t2i.shard import is_sharded, whole
+
 
 @dataclass
 class EMA:
@@ -27,23 +29,25 @@ class EMA:
                 value.lerp_(values[name].detach().float(), share)
 
     def copy_to(self, models: Mapping[str, nn.Module]) -> None:
-        """Writes the average into the models that `fit` trained, by the same names."""
+        """Writes the average into the models that `fit` trained, by the same names; of a sharded
+        one every process calls this."""
         with torch.no_grad():
             for name, parameter in trained(models).items():
-                parameter.copy_(self.values[name])
+                parameter.copy_(whole(self.values[name]))
 
 
 class Masters:
     """Float32 copies of weights that are bfloat16 from now on until `restore`: the optimiser moves
     the copies, so steps smaller than a bfloat16 resolves add up (Micikevicius et al. 2018).
     Frozen float32 weights are bfloat16 meanwhile, too. Buffers stay as they are, so a BatchNorm
-    does not run that way."""
+    does not run that way. Sharded weights are left alone: they are gathered as bfloat16."""
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
-        self.low = trained(models)
+        self.low = {name: one for name, one in trained(models).items() if not is_sharded(one)}
         self.high = {name: nn.Parameter(low.detach()) for name, low in self.low.items()}
         every = [one for model in models.values() for one in model.parameters()]
-        self.before = [(one, one.data) for one in every if one.dtype == torch.float32]
+        wide = [one for one in every if one.dtype == torch.float32 and not is_sharded(one)]
+        self.before = [(one, one.data) for one in wide]
         for one, data in self.before:
             one.data = data.to(torch.bfloat16)
 

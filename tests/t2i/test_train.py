@@ -322,9 +322,11 @@ def test_moments_resume_in_the_memory_order_of_their_weights(tmp_path):
     moment = names["moment/toy.first.weight/exp_avg"]
     first = Toy().first.weight
     assert moment.is_contiguous() and not first.is_contiguous()
-    held = module._optimizer(
-        {"w": nn.Parameter(first.detach())}, how, {"w/exp_avg": moment, "w/step": torch.tensor(1.0)}
+    weights, moments = (
+        {"w": nn.Parameter(first.detach())},
+        {"w/exp_avg": moment, "w/step": torch.tensor(1.0)},
     )
+    (held,) = module.optimizers(weights, "adamw", how.rate, how.betas, how.decay, moments=moments)
     (slots,) = held.state.values()
     assert slots["exp_avg"].stride() == first.stride() and torch.equal(slots["exp_avg"], moment)
 

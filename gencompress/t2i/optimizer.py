@@ -1,0 +1,89 @@
+"""What moves the weights of a training: AdamW, or Muon for matrices and AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gencompress.t2i.checkpoint import MOMENT
+from gencompress.t2i.shard import kinds, local
+
+OPTIMIZERS = ("adamw", "muon")
+Weights = Mapping[str, nn.Parameter]  # as `trained` names them
+
+
+def optimizers(
+    weights: Weights,
+    name: str,
+    rate: float,
+    betas: tuple[float, float],
+    decay: float,
+    tables: Iterable[str] = (),
+    moments: Mapping[str, Tensor] | None = None,
+) -> list[torch.optim.Optimizer]:
+    """Of all weights, each in one.
+
+    Args:
+        name: adamw; or muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers"), whose
+            steps have the size of AdamW's, so that `rate` and `decay` mean the same (Liu et al.
+            2025, "Muon is scalable for LLM training"). It takes whole matrices, not shards.
+        betas: of AdamW.
+        tables: names of matrices that AdamW takes all the same.
+        moments: of a checkpoint, by "weight/moment".
+    """
+    matrices = {key for key, one in weights.items() if name == "muon" and one.ndim == 2}
+    by_muon = [one for key, one in weights.items() if key in matrices.difference(tables)]
+    ours = {*by_muon}
+    groups = [{"params": one} for one in kinds(w for w in weights.values() if w not in ours)]
+    found: list[torch.optim.Optimizer] = []
+    if groups:
+        found.append(torch.optim.AdamW(groups, rate, betas, weight_decay=decay, fused=True))
+    if by_muon:
+        settings: dict[str, Any] = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
+        found.append(torch.optim.Muon(by_muon, rate, **settings))
+    slots = _slots(weights, moments or {})
+    for optimizer in found:
+        order = [one for group in optimizer.param_groups for one in group["params"]]
+        state = {number: slots[one] for number, one in enumerate(order) if one in slots}
+        if state:
+            settings = optimizer.state_dict() | {"state": state}
+            optimizer.load_state_dict(settings)
+    return found
+
+
+def kept_moments(weights: Weights, given: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What `optimizers` takes, each name after MOMENT."""
+    return {
+        f"{MOMENT}{name}/{moment}": value
+        for optimizer in given
+        for name, one in weights.items()
+        for moment, value in optimizer.state.get(one, {}).items()
+    }
+
+
+def tables_of(models: Mapping[str, nn.Module]) -> list[str]:
+    """Names of embeddings: matrices whose rows are looked up, of which a step moves few."""
+    return [
+        f"{key}.{name}.weight"
+        for key, model in models.items()
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Embedding)
+    ]
+
+
+def _slots(weights: Weights, moments: Mapping[str, Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+    """Moments of a checkpoint by weight."""
+    found: dict[Tensor, dict[str, Tensor]] = {}
+    for name, value in moments.items():
+        key, _, moment = name.rpartition("/")
+        weight = weights[key]
+        if value.ndim:
+            # fused kernels go through memory: a moment lies in it as its weight does
+            held = torch.empty_like(weight, requires_grad=False)
+            local(held).copy_(value)
+            value = held
+        found.setdefault(weight, {})[moment] = value
+    return found
