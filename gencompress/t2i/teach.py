@@ -75,8 +75,9 @@ def learn_from(
     try:
         with evaluated(teacher):
             log, average = fit(
-                models, step, samples, how, workdir, generator, run=run, progress=progress
-            )
+                models, step, samples, how, workdir, generator,
+                frozen=[teacher], run=run, progress=progress,
+            )  # fmt: skip
         if average is not None:
             average.copy_to(models)
     finally:

@@ -167,7 +167,10 @@ def learn(
     if workdir is not None:
         workdir.mkdir(exist_ok=True)
     models: dict[str, nn.Module] = {"predictor": predictor, "codes": codes}
-    log, _ = fit(models, step, samples, plain, workdir, generator, run=run, progress=progress)
+    log, _ = fit(
+        models, step, samples, plain, workdir, generator,
+        frozen=[model], run=run, progress=progress,
+    )  # fmt: skip
     return predictor.eval(), codes.eval(), log
 
 

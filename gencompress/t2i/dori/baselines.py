@@ -112,8 +112,9 @@ def erase(
         weight.requires_grad_(config.layers in name)
     try:
         log, _ = fit(
-            {"unet": unet}, step, samples, how, workdir, generator, run=run, progress=progress
-        )
+            {"unet": unet}, step, samples, how, workdir, generator,
+            frozen=[teacher], run=run, progress=progress,
+        )  # fmt: skip
     finally:
         for name, weight in unet.named_parameters():
             weight.requires_grad_(wants[name])
