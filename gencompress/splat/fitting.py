@@ -220,7 +220,9 @@ def predict(cloud: SplatCloud, data: Capture, budget: Budget, config: Config) ->
     return found | ({"splats": target} if target else {})
 
 
-def measure(before: SplatCloud, after: SplatCloud, data: Capture) -> list[Measurement]:
+def measure(
+    before: SplatCloud, after: SplatCloud, data: Capture, progress: Progress = quiet
+) -> list[Measurement]:
     """Against the held-out photos, and the time of a picture."""
     truth = quality.photo_truth(data.test)
     found = quality.compare(after, truth)
@@ -245,7 +247,12 @@ def save(result: Compressed, folder: Path, config: Config, data: Capture) -> Pat
 
 
 def preview(
-    before: SplatCloud, after: SplatCloud, result: Compressed, data: Capture, folder: Path
+    before: SplatCloud,
+    after: SplatCloud,
+    result: Compressed,
+    data: Capture,
+    folder: Path,
+    progress: Progress = quiet,
 ) -> None:
     """Held-out photos beside what the splats show there, and the cloud for the viewer."""
     quality.write_photo_preview(after, data.test, folder)

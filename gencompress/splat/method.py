@@ -130,13 +130,14 @@ def compress(
     progress: Progress = quiet,
 ) -> Compressed:
     """Fewer splats within the budget; see the module. `masks["main"]` names the originals that
-    the rows of the result descend from, in order. `workdir` is not needed: nothing is resumed."""
+    the rows of the result descend from, in order. Fine-tuning resumes from `workdir` where an equal
+    run was stopped there."""
     suffix = _suffix(data, config)
     if cloud.scales.shape[1] == 2 and suffix != ".ply":
         raise ValueError(f"{suffix} holds no 2DGS surfels; only .ply does")
     progress("scoring")
     _, found = score(cloud, data, config, generator)
-    job = _job(cloud, data, config, generator, progress)
+    job = replace(_job(cloud, data, config, generator, progress), workdir=workdir)
     began = time.perf_counter()
     if config.min_psnr > 0:
         smaller, kept = holding(job, found, data.test, suffix, progress)
@@ -222,7 +223,9 @@ def predict(cloud: SplatCloud, data: Views, budget: Budget, config: Config) -> d
     return {"splats": count, "bytes": quality.encoded_bytes(smaller, suffix)}
 
 
-def measure(before: SplatCloud, after: SplatCloud, data: Views) -> list[Measurement]:
+def measure(
+    before: SplatCloud, after: SplatCloud, data: Views, progress: Progress = quiet
+) -> list[Measurement]:
     """Counts, fidelity to the input on the held-out views, and time of a picture."""
     truth = quality.truth(before, data.test)
     found = quality.compare(after, truth)
@@ -259,7 +262,12 @@ def restore(folder: Path) -> SplatCloud:
 
 
 def preview(
-    before: SplatCloud, after: SplatCloud, result: Compressed, data: Views, folder: Path
+    before: SplatCloud,
+    after: SplatCloud,
+    result: Compressed,
+    data: Views,
+    folder: Path,
+    progress: Progress = quiet,
 ) -> None:
     """Pictures of both and of their difference, and both clouds for the interactive view."""
     quality.write_preview(before, after, data.test, folder)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +16,16 @@ from gencompress.core.allocate import top
 from gencompress.core.schedule import cubic
 from gencompress.core.units import Scores
 from gencompress.splat import quality
-from gencompress.splat.cloud import SplatCloud, rows
+from gencompress.splat.cloud import SplatCloud, rows, tensors
 from gencompress.splat.config import GROUP, MERGE, Config
 from gencompress.splat.correct import Picture, correct
 from gencompress.splat.merge import Simplified, simplify, start
 from gencompress.splat.score import SCORES, scores
 from gencompress.splat.train import Target, Training, finetune
 from gencompress.views.camera import Camera
-from gencompress.views.fit import Progress, quiet
+from gencompress.views.fit import Checkpoint, Progress, quiet
+
+TUNE_EVERY = 200  # steps between checkpoints: some 20 s for 50,000 splats; taste
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Job:
     training: Training  # of the fine-tuning
     extent: float  # of the scene, world units
     seed: int
+    workdir: Path | None = None  # of the checkpoints of fine-tuning; None: none are kept
 
 
 def reduce(
@@ -68,9 +73,23 @@ def reduce(
             steps = config.finetune // rounds + (turn < config.finetune % rounds)
             generator = torch.Generator().manual_seed(job.seed + turn)
             training = replace(job.training, steps=max(1, steps))
-            smaller = finetune(smaller, job.targets, training, job.extent, generator, progress)
+            point = _point_of(job, smaller, turn)
+            smaller = finetune(
+                smaller, job.targets, training, job.extent, generator, point, progress
+            )
         cloud, kept = smaller, kept[index]
     return cloud, kept
+
+
+def _point_of(job: Job, cloud: SplatCloud, turn: int) -> Checkpoint | None:
+    """Where the fine-tuning of this cloud is kept; attempts of another size have their own."""
+    if job.workdir is None:
+        return None
+    seen = 0
+    for tensor in tensors(cloud).values():
+        seen = zlib.crc32(tensor.contiguous().numpy(), seen)
+    mark = f"{job.config} seed {job.seed}, {len(job.targets)} views, splats {seen:08x}"
+    return Checkpoint(job.workdir / f"tune{turn}-{len(cloud)}.safetensors", mark, TUNE_EVERY)
 
 
 def _once(
@@ -84,9 +103,11 @@ def _once(
     if job.config.score == MERGE:
         way = [start(cloud)] if way is None else way
         nearest = min((s for s in way if len(s.kept) >= target), key=lambda s: len(s.kept))
+        most = len(nearest.kept)
         state = simplify(
-            nearest, target, job.cameras, progress=lambda n: progress(f"merging: {n:,} left")
-        )
+            nearest, target, job.cameras,
+            progress=lambda n: progress(f"merging: {most - n:,} of {most - target:,}"),
+        )  # fmt: skip
         way.append(state)
         smaller, kept = state.cloud, state.kept
     else:

@@ -155,11 +155,13 @@ def finetune(
     training: Training,
     extent: float,
     generator: torch.Generator,
+    checkpoint: Checkpoint | None = None,
     progress: Progress = quiet,
 ) -> SplatCloud:
-    """The same splats, fitted to the targets: no density control, all harmonics from the start."""
-    state = start(cloud, extent)
-    train(state, targets, replace(training, ramp=False), None, generator, progress=progress)
+    """The same splats, fitted to the targets: no density control, all harmonics from the start.
+    Resumes, and raises, as `train`."""
+    state, how = start(cloud, extent), replace(training, ramp=False)
+    train(state, targets, how, None, generator, checkpoint=checkpoint, progress=progress)
     return to_cloud(state)
 
 

@@ -1,15 +1,18 @@
 """Fine-tuning after pruning: it helps, keeps every budget, and is shown beside what it beats."""
 
 import math
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from splat.scene_samples import ball, cameras
 
 from gencompress.core.allocate import parse_budget
+from gencompress.files import FormatError
 from gencompress.measure.cost import file_bytes
-from gencompress.splat import method, quality
+from gencompress.splat import method, quality, reduce, train
 from gencompress.splat.cloud import tensors, with_tensors
 from gencompress.splat.formats import write_splats
 from gencompress.splat.score import SCORES
@@ -19,14 +22,15 @@ from gencompress.views.rig import nearest_angle, rig_apart
 QUICK = {"num_views": 3, "size": 48, "finetune_views": 8}
 
 
-def compressed(tmp_path, keep, *, cloud=None, name="a.ply", seed=0, **settings):
+def compressed(tmp_path, keep, *, cloud=None, name="a.ply", seed=0, work=None, **settings):
     path = tmp_path / name
     if not path.exists():
         write_splats(path, ball() if cloud is None else cloud)
     config = method.Config(**{**QUICK, **settings})
     cloud, views = method.load(str(path), {}, "cpu", "float32", config)
     generator = torch.Generator().manual_seed(seed)
-    result = method.compress(cloud, views, parse_budget(keep), config, generator, tmp_path)
+    work = work or Path(tempfile.mkdtemp(dir=tmp_path))
+    result = method.compress(cloud, views, parse_budget(keep), config, generator, work)
     return cloud, views, config, result
 
 
@@ -95,6 +99,30 @@ def test_same_seed_same_result(tmp_path):
     first, again, other = (tensors(r.model) for r in results)
     assert all(torch.equal(v, again[n]) for n, v in first.items())
     assert not all(torch.equal(v, other[n]) for n, v in first.items())
+
+
+def test_a_stopped_training_goes_on(tmp_path, monkeypatch):
+    """In the second of two rounds, after a checkpoint; the first round is not trained again."""
+    settings = {"score": "opacity", "finetune": 12, "rounds": 2}
+    whole = tensors(compressed(tmp_path, "25%", **settings)[3].model)
+    monkeypatch.setattr(reduce, "TUNE_EVERY", 4)
+    real, steps, work = train.take_step, [], tmp_path / "work"
+    work.mkdir()
+
+    def stopping(state, *rest):
+        steps.append(len(state))
+        if len(steps) == 12:
+            raise RuntimeError("the lights went out")
+        return real(state, *rest)
+
+    monkeypatch.setattr(train, "take_step", stopping)
+    with pytest.raises(RuntimeError, match="lights"):
+        compressed(tmp_path, "25%", work=work, **settings)
+    result = compressed(tmp_path, "25%", work=work, **settings)[3]
+    assert len(steps) == 12 + 2 and steps[12:] == [150] * 2  # steps 5 and 6 of the round
+    assert all(torch.equal(v, whole[n]) for n, v in tensors(result.model).items())
+    with pytest.raises(FormatError, match="another run"):
+        compressed(tmp_path, "25%", work=work, **settings | {"finetune_views": 7})
 
 
 def test_surfels_are_tuned_as_surfels(tmp_path):
