@@ -7,12 +7,14 @@ the same name is not noticed: remove its artifact.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -137,19 +139,25 @@ def run_batch(
 
 
 def attempt(task: Task) -> Outcome:
-    """One run in a process of its own; a failure is an outcome, not an error."""
+    """One run in a process of its own, which ends if this one does; a failure is an outcome, not an
+    error."""
     began = time.monotonic()
     log = Path(f"{task.out}.log")
     shares = {name: str(task.threads) for name in THREADS}
     with log.open("wb") as said:
-        code = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", "gencompress.batch"],
-            input=json.dumps(asdict(task)).encode(),
+            bufsize=0,
+            stdin=subprocess.PIPE,
             stdout=said,
             stderr=said,
             cwd=task.here,
             env={**os.environ, **shares},
-        ).returncode
+        )
+        with process:
+            with contextlib.suppress(BrokenPipeError):  # of one that ended before it read
+                process.stdin.write(json.dumps(asdict(task)).encode() + b"\n")
+            code = process.wait()  # its stdin stays open: it closes if this process dies
     seconds = time.monotonic() - began
     if code == 0:
         log.unlink()
@@ -236,5 +244,15 @@ def _work(task: Task) -> None:
         sys.exit(f"error: {problem}")
 
 
+def _end_with_parent() -> None:
+    """Ends this process, as a kill would, when the one that holds its stdin is gone: a batch that
+    is started again must not meet the runs of the last one."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    _work(Task(**json.load(sys.stdin)))
+    given = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _work(Task(**given))
