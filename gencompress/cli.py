@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +12,8 @@ import typer
 from rich.table import Table
 
 import gencompress
-from gencompress import cli_audit, cli_batch
-from gencompress.artifact import is_made, model_path, read_artifact
+from gencompress import cli_audit, cli_batch, cli_demo
+from gencompress.artifact import model_path, read_artifact
 from gencompress.console import (
     DIFFERS,
     PLAIN,
@@ -45,6 +44,7 @@ app = typer.Typer(
 )
 app.command()(cli_audit.audit)
 app.command()(cli_batch.batch)
+app.command()(cli_demo.demo)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -76,40 +76,6 @@ def _root(
     if version:
         out_console.print(gencompress.__version__, highlight=False)
         raise typer.Exit
-
-
-@app.command()
-def demo(
-    methods: Annotated[list[str] | None, typer.Argument(help="Methods; all if none.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for artifacts and report.")] = Path("demo"),
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run every method on its embedded default, then write one report. Goes on if stopped."""
-    from gencompress.report.write import NAMES, write_report
-    from gencompress.run import METHODS, check_method, run
-
-    names = methods or list(METHODS)
-    for name in names:
-        check_method(name)
-    shipped = {
-        file.removesuffix("-demo"): read_recipe(path)
-        for file, path in shipped_recipes().items()
-        if file.endswith("-demo")
-    }
-    if out.exists() and not overwrite and not _was_stopped(out, [*shipped, *NAMES], NAMES):
-        raise FileExistsError(f"{out}: exists already; choose another --out or --overwrite")
-    recipes = {name: one for name, one in shipped.items() if name.split("-")[0] in names}
-    out.mkdir(parents=True, exist_ok=True)
-    folders = [out / name for name in recipes]
-    for name, recipe in recipes.items():
-        if overwrite or not is_made(out / name, recipe):
-            with running(name, quiet) as say:
-                run(recipe, out / name, overwrite=overwrite, progress=say)
-    page = write_report(folders, out, title="gencompress demo", overwrite=True)
-    for folder in folders:
-        show(read_artifact(folder))
-    out_console.print(f"report: {page}", **PLAIN)
 
 
 @app.command()
@@ -226,7 +192,7 @@ def sample(
 ) -> None:
     """Pictures of prompts from a pipeline or its artifact; without prompts, of what an artifact is
     measured on."""
-    from gencompress import run
+    from gencompress import draw
 
     given = {"steps": steps, "guidance": guidance, "size": size, "scheduler": scheduler}
     how = {name: value for name, value in given.items() if value is not None}
@@ -238,20 +204,23 @@ def sample(
     with running("sample", quiet) as progress, writing(out, overwrite=overwrite) as part:
         part.mkdir()
         how |= {"steps": 25 if steps is None else steps, "strict": strict, "progress": progress}
-        paths = run.sample(path, part, prompt or [], seed or 0, **how)
+        paths = draw.sample(path, part, prompt or [], seed or 0, **how)
     out_console.print(f"{out}: {len(paths)} pictures", **PLAIN)
 
 
 @app.command()
 def measure(
-    path: Annotated[Path, typer.Argument(help="Artifact folder.")], as_json: Json = False
+    path: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure an artifact again, beside the stored numbers; exit 1 if one differs."""
     from gencompress.run import measure_again
 
     artifact = read_artifact(path)
     stored = {row.name: row for row in artifact.measurements}
-    rows = measure_again(artifact)
+    with running("measure", quiet) as progress:
+        rows = measure_again(artifact, progress)
     before = {row.name: stored[row.name].after if row.name in stored else None for row in rows}
     verdicts = {row.name: verdict(before[row.name], row) for row in rows}
     if as_json:
@@ -314,12 +283,6 @@ def backends(as_json: Json = False) -> None:
     for op, row in found.items():
         table.add_row(op, *row.values())
     out_console.print(table)
-
-
-def _was_stopped(folder: Path, known: Iterable[str], last: Iterable[str]) -> bool:
-    """Whether a folder holds nothing but `known` (and what is hidden), and `last` not whole."""
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {*last}
-    return {n for n in found if n[0] != "."} <= {*known} and not {*last} <= found
 
 
 def _plan(

@@ -132,7 +132,7 @@ def run(
         progress("measuring")
         after = package.restore(saved)
         rows = [
-            *_measured(package, recipe, saved, before, after, data),
+            *_measured(package, recipe, saved, before, after, data, progress),
             Measurement(f"{_NOUNS[recipe.verb]} time", None, seconds, "s", "lower"),
         ]
         progress("writing")
@@ -142,7 +142,9 @@ def run(
             result,
             rows,
             save_model=lambda folder: shutil.copytree(saved, folder, dirs_exist_ok=True),
-            save_preview=lambda folder: package.preview(before, after, result, data, folder),
+            save_preview=lambda folder: package.preview(
+                before, after, result, data, folder, progress
+            ),
             title=title or f"{Path(recipe.target).name}, {_VERBS[recipe.verb]}{recipe.method}",
             criterion=str(getattr(config, "score", "")),
             digest=_digest(recipe),
@@ -202,21 +204,28 @@ def predict(recipe: Recipe, *, strict: bool = False) -> dict[str, Any]:
     return found | package.predict(before, data, recipe.budget, config)
 
 
-def measure_again(artifact: Artifact) -> list[Measurement]:
+def measure_again(artifact: Artifact, progress: Progress = quiet) -> list[Measurement]:
     """Measures the saved model of an artifact against its target, as when it was made.
 
     Raises FileNotFoundError if the target is no longer where the recipe says.
     """
     package, before, data, after = reopen(artifact)
     recipe = from_dict(artifact.manifest["recipe"])
-    return _measured(package, recipe, artifact.folder / "model", before, after, data)
+    saved = artifact.folder / "model"
+    return _measured(package, recipe, saved, before, after, data, progress)
 
 
 def _measured(
-    package: ModuleType, recipe: Recipe, saved: Path, before: Any, after: Any, data: Any
+    package: ModuleType,
+    recipe: Recipe,
+    saved: Path,
+    before: Any,
+    after: Any,
+    data: Any,
+    progress: Progress,
 ) -> list[Measurement]:
     """Rows of the saved model; a method may know better what its file size compares with."""
-    rows = [_file_size(recipe, saved), *package.measure(before, after, data)]
+    rows = [_file_size(recipe, saved), *package.measure(before, after, data, progress)]
     return list({row.name: row for row in rows}.values())
 
 
@@ -291,41 +300,6 @@ def convert(source: str | Path, out: str | Path, *, strict: bool, overwrite: boo
         model = formats.read(source, strict=strict)
     formats.write(out, model, overwrite=overwrite)
     return f"{len(model):,} {formats.COUNTED}"
-
-
-def sample(source: str, out: Path, prompts: list[str], seed: int, **how: Any) -> list[Path]:
-    """Pictures in the new folder `out`: of the prompts, by a pipeline (a folder, an embedded scene,
-    a hub's name, or the artifact of one), from seeds that count on from `seed`; without prompts,
-    of what the artifact `source` is measured on. `how` is as in `t2i.sample.sample`.
-
-    Raises ValueError for prompts and the artifact of another method, and for no prompts and no
-    artifact.
-    """
-    artifact = None
-    with contextlib.suppress(FileNotFoundError):
-        folder = resolve(source)
-        artifact = read_artifact(folder) if (folder / "manifest.json").is_file() else None
-    if not prompts:
-        if artifact is None:
-            raise ValueError(f"{source}: no artifact; of a pipeline, say what to draw: --prompt")
-        package, _, data, model = reopen(artifact)
-        return package.sample(model, data, out)
-    if artifact is None:
-        place, package = _place(source), importlib.import_module("gencompress.t2i.pictures")
-    else:
-        kind = artifact.manifest["method"]
-        place, package = str(artifact.folder / "model"), method(kind)
-        if not hasattr(package, "draw"):
-            raise ValueError(f"{source}: an artifact of {kind!r}, which draws no prompts")
-    paths: list[Path] = package.draw(place, prompts, seed, out, **how)
-    return paths
-
-
-def _place(source: str) -> str:
-    """Of a pipeline: what `resolve` finds, or a name on the hub."""
-    with contextlib.suppress(FileNotFoundError):
-        return str(resolve(source))
-    return source
 
 
 def compress(

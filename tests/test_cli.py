@@ -9,7 +9,7 @@ import pytest
 from full_disk import no_file_over
 from splat.scene_samples import ball
 
-from gencompress import cli, recipe
+from gencompress import cli_demo, recipe
 from gencompress import run as runs
 from gencompress.artifact import read_artifact, verify
 from gencompress.measure.cost import file_bytes
@@ -202,12 +202,32 @@ def test_demo_on_a_small_scene(call, scene, tmp_path, monkeypatch):
         f'method = "splat"\ntarget = "{scene}"\nbudget = "50%"\n'
         "config = { num_views = 2, size = 32, curve = [0.25] }\n"
     )
-    monkeypatch.setattr(cli, "shipped_recipes", lambda: {"splat-demo": small})
+    monkeypatch.setattr(cli_demo, "shipped_recipes", lambda: {"splat-demo": small})
     code, out, _ = call("demo", "--out", tmp_path / "d", "--quiet")
     page = tmp_path / "d" / "report.html"
     assert code == 0 and page.is_file() and "150 splats" in out
     assert call("demo", "--out", tmp_path / "d", "--quiet")[0] == 1
     assert recipe.shipped_recipes().keys() >= {"splat-demo"}  # the real one is there
+
+
+def test_the_quick_demo(call, scene, tmp_path, monkeypatch):
+    """Recipes of its own; and methods without a demo are named before anything is made."""
+    recipes = {}
+    for name, keep in (("splat-demo", "50%"), ("splat-quick", "20%"), ("splat-more-quick", "10%")):
+        recipes[name] = tmp_path / f"{name}.toml"
+        recipes[name].write_text(
+            f'method = "splat"\ntarget = "{scene}"\nbudget = "{keep}"\n'
+            'config = { num_views = 2, size = 32, score = "opacity" }\n'
+        )
+    monkeypatch.setattr(cli_demo, "shipped_recipes", lambda: recipes)
+    code, out, _ = call("demo", "splat", "--quick", "--out", tmp_path / "q", "--quiet")
+    assert code == 0 and "60 splats" in out and "30 splats" in out and "150 splats" not in out
+    folders = {path.name for path in (tmp_path / "q").iterdir() if path.is_dir()}
+    assert folders == {"splat", "splat-more"}
+    assert "quick" in (tmp_path / "q" / "report.md").read_text(encoding="utf-8")
+    code, _, err = call("demo", "splat", "nerf", "--quick", "--out", tmp_path / "n")
+    assert code == 2 and "'nerf': has no such demo; those are splat" in err
+    assert not (tmp_path / "n").exists()
 
 
 def test_python_in_one_call(scene, tmp_path):

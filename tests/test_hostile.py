@@ -185,7 +185,7 @@ def test_a_disk_that_fills_up(call, tmp_path, monkeypatch, command):
             f'method = "splat"\nverb = "fit"\ntarget = "{tmp_path / "photos"}"\nbudget = "100%"\n'
             "config = { steps = 4, points = 100 }\n"
         )
-        monkeypatch.setattr("gencompress.cli.shipped_recipes", lambda: {"splat-demo": recipe})
+        monkeypatch.setattr("gencompress.cli_demo.shipped_recipes", lambda: {"splat-demo": recipe})
         arguments = ["demo", "--quiet", "--out", out]
     with no_file_over(2000):
         code, _, err = call(*arguments)
@@ -206,7 +206,7 @@ def test_a_demo_that_was_stopped_goes_on(call, scene, tmp_path, monkeypatch):
             f'method = "splat"\ntarget = "{scene}"\nbudget = "50%"\n'
             f"config = {{ num_views = 2, size = 16, score = 'opacity' }}\nseed = {len(recipes)}\n"
         )
-    monkeypatch.setattr("gencompress.cli.shipped_recipes", lambda: recipes)
+    monkeypatch.setattr("gencompress.cli_demo.shipped_recipes", lambda: recipes)
     made, real = [], runs.run
 
     def stopping(recipe, out, **more):

@@ -21,7 +21,7 @@ ROOMS = {
     "core": {"kernels"},
     "measure": {"files", "kernels", "core"},
     "views": BELOW_METHODS,
-    "t2i": BELOW_METHODS,
+    "t2i": BELOW_METHODS | {"scenes"},  # an artifact of OptiPrune names its pipeline
     "nerf": BELOW_METHODS | {"views"},
     "splat": BELOW_METHODS | {"views"},
     "mesh": BELOW_METHODS | {"views"},
@@ -31,6 +31,7 @@ ROOMS = {
     "scenes": {"files"},
     "run": {"", "scenes", "views", "recipe", "artifact", "t2i", "nerf", "splat", "mesh"}
     | BELOW_METHODS,
+    "draw": {"run", "scenes", "artifact"},
     "batch": {"files", "run", "report", "recipe", "artifact"},
     "audit": {"", "files", "measure", "scenes", "recipe", "artifact", "report", "run", "t2i"},
     "console": {"measure", "report", "artifact"},
@@ -38,8 +39,9 @@ ROOMS = {
     "hub": {"files", "scenes", "run", "report", "artifact"},
     "cli_audit": {"audit", "console"},
     "cli_batch": {"batch", "console"},
-    "cli": {"", "scenes", "run", "stream", "hub", "console", "report", "recipe", "artifact"}
-    | {"cli_audit", "cli_batch"}
+    "cli_demo": {"run", "console", "report", "recipe", "artifact"},
+    "cli": {"", "scenes", "run", "draw", "stream", "hub", "console", "report", "recipe", "artifact"}
+    | {"cli_audit", "cli_batch", "cli_demo"}
     | BELOW_METHODS,
     "__main__": {"cli"},
     "": {"files", "kernels", "core", "measure", "recipe", "artifact", "run", "hub"},
@@ -56,6 +58,7 @@ FORBIDDEN = {
     "cli": DIFFUSION | {"torch", "numba"},
     "cli_audit": DIFFUSION | {"torch", "numba"},
     "cli_batch": DIFFUSION | {"torch", "numba"},
+    "cli_demo": DIFFUSION | {"torch", "numba"},
     "console": DIFFUSION | {"torch", "numba"},
 }
 MAX_LINES = 450

@@ -272,6 +272,17 @@ def test_shipped_recipes_are_valid():
         assert read_recipe(path).method == name.split("-")[0]
 
 
+def test_every_demo_has_a_quick_one():
+    """On the same target, within the same budget; its own file, for what is shorter."""
+    read = {name: read_recipe(path) for name, path in shipped_recipes().items()}
+    quick = {one.method: one for name, one in read.items() if name.endswith("-quick")}
+    demos = [one for name, one in read.items() if name.endswith("-demo")]
+    assert {one.method for one in demos} == quick.keys()
+    for method, one in quick.items():
+        match = [demo for demo in demos if (demo.method, demo.target) == (method, one.target)]
+        assert len(match) == 1 and match[0].budget == one.budget
+
+
 def test_needs_no_torch():
     code = "import sys, gencompress.recipe; assert 'torch' not in sys.modules, 'torch came in'"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -87,8 +87,11 @@ def load(
         ValueError: a dtype, device or name of data that meshes do not know, or masks that agree on
             no place.
     """
-    if data.keys() - {"truth", "views"}:
-        raise ValueError(f"data {', '.join(sorted(data))}: fitting a mesh knows only truth")
+    if data.keys() - {"truth"}:
+        raise ValueError(
+            f"data {', '.join(sorted(data))}: fitting a mesh knows only truth; its views are the "
+            "target"
+        )
     check_place(device, dtype)
     score, test = load_views(target, config.hold_out)
     truth = Path(data["truth"]) if "truth" in data else None
@@ -165,7 +168,9 @@ def predict(mesh: TriMesh, data: Data, budget: Budget, config: Config) -> dict[s
     return {"masks": len(data.score), "held out": len(data.test), "faces at first": len(mesh)}
 
 
-def measure(before: TriMesh, after: TriMesh, data: Data) -> list[Measurement]:
+def measure(
+    before: TriMesh, after: TriMesh, data: Data, progress: Progress = quiet
+) -> list[Measurement]:
     """Counts, held-out IoU, topology, distances to the truth, and time of a picture."""
     timing = quality.render_time(after, data.test)
     return [
@@ -186,6 +191,13 @@ def save(result: Compressed, folder: Path, config: Config, data: Data) -> Path:
     return path
 
 
-def preview(before: TriMesh, after: TriMesh, result: Compressed, data: Data, folder: Path) -> None:
+def preview(
+    before: TriMesh,
+    after: TriMesh,
+    result: Compressed,
+    data: Data,
+    folder: Path,
+    progress: Progress = quiet,
+) -> None:
     """Held-out photos, or masks, beside the mesh, and the mesh for the viewer."""
     quality.write_fit_preview(after, data.test, folder)

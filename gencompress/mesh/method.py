@@ -258,7 +258,9 @@ def predict(mesh: TriMesh, data: Data, budget: Budget, config: Config) -> dict[s
     }
 
 
-def measure(before: TriMesh, after: TriMesh, data: Data) -> list[Measurement]:
+def measure(
+    before: TriMesh, after: TriMesh, data: Data, progress: Progress = quiet
+) -> list[Measurement]:
     """Counts, held-out IoU, topology, distances to the truth, and time of a picture."""
     times = [quality.render_time(mesh, data.test) for mesh in (before, after)]
     return [
@@ -288,7 +290,14 @@ def restore(folder: Path) -> TriMesh:
     return read_mesh(found[0])
 
 
-def preview(before: TriMesh, after: TriMesh, result: Compressed, data: Data, folder: Path) -> None:
+def preview(
+    before: TriMesh,
+    after: TriMesh,
+    result: Compressed,
+    data: Data,
+    folder: Path,
+    progress: Progress = quiet,
+) -> None:
     """Pictures with the masks over them, removed faces by their error, models for the viewer."""
     removed = ~result.masks["main"].keep[GROUP]
     quality.write_preview(before, after, -result.scores[GROUP], removed, data.test, folder)

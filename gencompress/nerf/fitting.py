@@ -269,7 +269,7 @@ def compare(
         field, _ = train(start, data.train, training(plain, 1.0), again, progress=progress)
         field = replace(field, bits=16)
         for name, one in (("Instant-NGP", field), ("hollow", result.model)):
-            rows.append(quality.size_point(name, one, data.test))
+            rows.append(quality.size_point(name, one, data.test, progress))
     return rows
 
 
@@ -295,13 +295,15 @@ def predict(field: Field, data: Data, budget: Budget, config: Config) -> dict[st
     return found | {"parameters": parameters(field)}
 
 
-def measure(before: Field, after: Field, data: Data) -> list[Measurement]:
+def measure(
+    before: Field, after: Field, data: Data, progress: Progress = quiet
+) -> list[Measurement]:
     """Sizes, held-out photos, and the time of a picture; before is left out where it was never
     trained."""
     old = None if quality.is_blank(before) else before
     return [
         *quality.size_rows(old, after),
-        *quality.photo_rows(old, after, data.test),
+        *quality.photo_rows(old, after, data.test, progress),
         *quality.speed_rows(old, after, data.test),
     ]
 
@@ -318,7 +320,14 @@ def restore(folder: Path) -> Field:
     return read(Path(folder) / f"field{SUFFIX}")
 
 
-def preview(before: Field, after: Field, result: Compressed, data: Data, folder: Path) -> None:
+def preview(
+    before: Field,
+    after: Field,
+    result: Compressed,
+    data: Data,
+    folder: Path,
+    progress: Progress = quiet,
+) -> None:
     """Held-out photos beside pictures, depth, the saliency cut open, and the surface for the
     viewer."""
     old = None if quality.is_blank(before) else before

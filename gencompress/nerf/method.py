@@ -195,4 +195,4 @@ def compare(
         found = scores(name, before, side, data.train, generator)
         keep = top({GROUP: found}, count=len(result.model))
         fields[name] = compact(before, {"main": keep})
-    return rows + [size_point(name, field, data.test) for name, field in fields.items()]
+    return rows + [size_point(name, one, data.test, progress) for name, one in fields.items()]

@@ -15,6 +15,7 @@ from gencompress.nerf.field import TABLE_RANGE, Field
 from gencompress.nerf.render import render
 from gencompress.nerf.storage import sizes
 from gencompress.views.camera import Camera
+from gencompress.views.fit import Progress, quiet
 from gencompress.views.rays import Shots, over, picture
 
 IDENTICAL = 100.0  # dB; what identical pictures count as in a mean
@@ -31,12 +32,14 @@ def is_blank(field: Field) -> bool:
     return float(field.table.abs().max()) <= TABLE_RANGE
 
 
-def photo_rows(before: Field | None, after: Field, shots: Shots) -> list[Measurement]:
+def photo_rows(
+    before: Field | None, after: Field, shots: Shots, progress: Progress = quiet
+) -> list[Measurement]:
     """PSNR, SSIM and, where it is installed, LPIPS to held-out photos, over the field's own
     background."""
     metrics = {"PSNR": psnr, "SSIM": ssim} | ({} if lpips_why_not() else {"LPIPS": lpips})
-    old = None if before is None else _similarity(before, shots, metrics)
-    new = _similarity(after, shots, metrics)
+    old = None if before is None else _similarity(before, shots, metrics, progress)
+    new = _similarity(after, shots, metrics, progress)
     rows = []
     for name, values in new.items():
         many, unit = len(values), "dB" if name == "PSNR" else ""
@@ -50,23 +53,28 @@ def photo_rows(before: Field | None, after: Field, shots: Shots) -> list[Measure
     return rows
 
 
-def held_out_psnr(field: Field, shots: Shots) -> float:
+def held_out_psnr(field: Field, shots: Shots, progress: Progress = quiet) -> float:
     """dB, the mean of `photo_rows` alone."""
-    return statistics.fmean(_similarity(field, shots, {"PSNR": psnr})["PSNR"])
+    return statistics.fmean(_similarity(field, shots, {"PSNR": psnr}, progress)["PSNR"])
 
 
-def size_point(series: str, field: Field, shots: Shots) -> dict[str, Any]:
+def size_point(
+    series: str, field: Field, shots: Shots, progress: Progress = quiet
+) -> dict[str, Any]:
     """A point of the curve of held-out PSNR against file size, for a report."""
     return {
         "kind": "curve", "series": series, "x": sizes(field)["file bytes"],
-        "x_name": "file size", "x_unit": "B", "y": held_out_psnr(field, shots),
+        "x_name": "file size", "x_unit": "B", "y": held_out_psnr(field, shots, progress),
         "y_name": "held-out PSNR", "y_unit": "dB",
     }  # fmt: skip
 
 
-def _similarity(field: Field, shots: Shots, metrics: dict) -> dict[str, list[float]]:
+def _similarity(
+    field: Field, shots: Shots, metrics: dict, progress: Progress
+) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in metrics}
-    for camera, wanted in photos(shots, field.background):
+    for number, (camera, wanted) in enumerate(photos(shots, field.background)):
+        progress(f"drawing held-out photos: {number} of {len(shots.cameras)}")
         drawn = render(field, camera).colors
         for name, fn in metrics.items():
             found[name].append(min(float(fn(drawn, wanted)), IDENTICAL))

@@ -6,10 +6,10 @@ form its denoiser knows: scaled, and packed into tokens for Flux.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,7 @@ MADE_BY = "gencompress.made_by"  # the key of a digest in the file of sampled la
 GUIDANCE = 3.5  # told to a Flux that takes guidance as an input; the default of its pipeline
 
 Batch = tuple[Noised, dict[str, Any]]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +147,8 @@ def calibrated(
     made them."""
     wanted = inputs.wanted
     if inputs.pictures is not None:
-        latents, prompts, kind = image_latents(pipe, inputs.pictures), inputs.prompts, "pictures"
+        latents = image_latents(pipe, inputs.pictures, progress=progress)
+        prompts, kind = inputs.prompts, "pictures"
         return Calibration(latents, conditions(pipe, prompts), prompts, wanted.size, kind)
     prompts = tuple(inputs.prompts[i % len(inputs.prompts)] for i in range(count))
     rows, how = conditions(pipe, prompts), (wanted.steps, wanted.guidance, wanted.size)
@@ -186,9 +188,10 @@ def _kept(path: Path, made_by: str) -> Tensor | None:
     return None
 
 
-def image_latents(pipe: Any, images: Tensor, batch: int = 32) -> Tensor:
+def image_latents(pipe: Any, images: Tensor, batch: int = 32, progress: Progress = quiet) -> Tensor:
     """float32 latents of pictures uint8 [N, H, W, 3], on the CPU: the most likely ones."""
-    parts = [encode_images(pipe.vae, part).float().cpu() for part in images.split(batch)]
+    groups = counted(images.split(batch), f"encoding pictures, {batch} at once", progress)
+    parts = [encode_images(pipe.vae, part).float().cpu() for part in groups]
     latents = torch.cat(parts)
     return packed(latents) if "Flux" in type(denoiser(pipe)[0]).__name__ else latents
 
@@ -230,3 +233,10 @@ def batches(
         chance = draws(chances[start : start + batch], device)
         found.append((noised(pipe, clean, chance), told))
     return found
+
+
+def counted(items: Sequence[_T], doing: str, progress: Progress) -> Iterator[_T]:
+    """The items; before each, `progress` is told how many are done."""
+    for number, item in enumerate(items):
+        progress(f"{doing}: {number} of {len(items)}")
+        yield item

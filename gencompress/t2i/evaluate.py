@@ -33,6 +33,7 @@ from gencompress.measure.generative import (
 )
 from gencompress.measure.image import WINDOW, psnr, ssim
 from gencompress.t2i.sample import sample
+from gencompress.t2i.train import Progress, quiet
 
 IDENTICAL = 100.0  # dB; what identical pictures count as in a mean
 SEED = 0  # of the resampling: the same pictures give the same rows
@@ -60,7 +61,9 @@ class EvaluationSet:
             )
 
 
-def make_images(pipe: Any, wanted: EvaluationSet, batch: int = 8) -> Tensor:
+def make_images(
+    pipe: Any, wanted: EvaluationSet, batch: int = 8, progress: Progress = quiet
+) -> Tensor:
     """uint8 [N, size, size, 3], one picture a prompt. Raises ValueError as `sample` does."""
     return sample(
         pipe,
@@ -70,11 +73,16 @@ def make_images(pipe: Any, wanted: EvaluationSet, batch: int = 8) -> Tensor:
         guidance=wanted.guidance,
         size=wanted.size,
         batch=batch,
+        progress=progress,
     )
 
 
 def compare_images(
-    before: Tensor, after: Tensor, prompts: Sequence[str], encoders: Sequence[Encoder]
+    before: Tensor,
+    after: Tensor,
+    prompts: Sequence[str],
+    encoders: Sequence[Encoder],
+    progress: Progress = quiet,
 ) -> list[Measurement]:
     """All that can be said with these encoders of two sets of pictures.
 
@@ -97,7 +105,8 @@ def compare_images(
     if len(prompts) != len(before):
         raise ValueError(f"{len(prompts)} prompts for {len(before)} pictures, expected one each")
     rows = _pixel_rows(before, after)
-    for encoder in encoders:
+    for number, encoder in enumerate(encoders):
+        progress(f"judging pictures: {number} of {len(encoders)} judges")
         if encoder.kind == "detector":
             rows += _subject_rows(before, after, prompts, encoder)
             continue

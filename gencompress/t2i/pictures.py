@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 from gencompress.t2i.evaluate import EvaluationSet, make_images
 from gencompress.t2i.pipeline import load_pipeline
 from gencompress.t2i.sample import grid, sample
+from gencompress.t2i.train import Progress, quiet
 
 # of a preview; three pictures of a sheet side by side are as wide as half a page, so their captions
 # can be read there
@@ -25,10 +26,13 @@ SIDE = 192  # most pixels of a picture on a sheet, so that a page stays small
 AMPLIFIED = 2  # of the difference
 
 
-def write_preview(before: Any, after: Any, wanted: EvaluationSet, folder: Path) -> None:
+def write_preview(
+    before: Any, after: Any, wanted: EvaluationSet, folder: Path, progress: Progress = quiet
+) -> None:
     """Sheets of held-out prompts with index.json: both pipelines and their difference."""
     few = shown(wanted)
-    views = write_pair(make_images(before, few), make_images(after, few), few, folder)
+    old, new = (make_images(pipe, few, progress=progress) for pipe in (before, after))
+    views = write_pair(old, new, few, folder)
     write_index(views, folder)
 
 

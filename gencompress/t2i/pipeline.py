@@ -154,7 +154,7 @@ def save_part(part: Any, folder: Path, dtype: torch.dtype | None = None) -> str 
     name without suffix it returns. Raises as `save_pipeline`."""
     if isinstance(part, torch.nn.Module):
         part = _as_type(folder.name, part, dtype)
-    with hushed():
+    with hushed(), _at_rest(part):
         part.save_pretrained(folder)
     config = folder / "config.json"
     if config.is_file():
@@ -168,6 +168,26 @@ def save_part(part: Any, folder: Path, dtype: torch.dtype | None = None) -> str 
             shutil.copyfile(str(source), folder / f"{file}.py")
             return file
     return None
+
+
+@contextlib.contextmanager
+def _at_rest(part: Any) -> Iterator[None]:
+    """Within the block, a tokenizer keeps nothing of how it was last called, which its file would
+    hold; every call says anew how to cut and to fill up."""
+    inner = getattr(part, "backend_tokenizer", None)
+    if inner is None:
+        yield
+        return
+    cut, fill = inner.truncation, inner.padding
+    inner.no_truncation()
+    inner.no_padding()
+    try:
+        yield
+    finally:
+        if cut:
+            inner.enable_truncation(**cut)
+        if fill:
+            inner.enable_padding(**fill)
 
 
 def token_limits(pipe: Any) -> dict[str, int]:

@@ -17,25 +17,31 @@ from gencompress.t2i.evaluate import compare_images, make_images
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.pipeline import denoiser, hushed, sequence_length, token_limits
 from gencompress.t2i.tiny import flux_ids
+from gencompress.t2i.train import Progress, quiet
 
 FORWARDS = 5  # that a time is the median of
 TIMED, COMPARED = 4, 64  # samples of a forward that is timed; latents that answers are compared on
 EXACT_DB = 100.0  # what no difference at all counts as
 
 
-def pipeline_rows(before: Any, after: Any, data: Inputs) -> list[Measurement]:
+def pipeline_rows(
+    before: Any, after: Any, data: Inputs, progress: Progress = quiet
+) -> list[Measurement]:
     """Parameters and MACs of the denoisers, time and memory of a forward, and all that the pictures
     of `data.wanted` tell with `data.judges` (t2i/evaluate.py)."""
     size = data.wanted.size
     old, new = denoiser(before)[0], denoiser(after)[0]
-    return cost_rows(old, new, forward_inputs(before, size)) + drawing_rows(before, after, data)
+    costs = cost_rows(old, new, forward_inputs(before, size))
+    return costs + drawing_rows(before, after, data, progress)
 
 
-def drawing_rows(before: Any, after: Any, data: Inputs) -> list[Measurement]:
+def drawing_rows(
+    before: Any, after: Any, data: Inputs, progress: Progress = quiet
+) -> list[Measurement]:
     """The same without parameters and MACs."""
     rows = forward_rows(before, after, data.wanted.size)
-    pictures = [make_images(pipe, data.wanted) for pipe in (before, after)]
-    return rows + compare_images(*pictures, data.wanted.prompts, data.judges)
+    pictures = [make_images(pipe, data.wanted, progress=progress) for pipe in (before, after)]
+    return rows + compare_images(*pictures, data.wanted.prompts, data.judges, progress)
 
 
 def forward_inputs(pipe: Any, size: int, batch: int = 1) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from gencompress.core.mask import Mask
 from gencompress.core.score import Moments
 from gencompress.core.units import Scores, Units
 from gencompress.t2i import coupling
-from gencompress.t2i.calibrate import Batch
+from gencompress.t2i.calibrate import Batch, counted
 from gencompress.t2i.distill import predict, seeds
+from gencompress.t2i.train import Progress, quiet
 
 FROM_WEIGHTS = ("magnitude", "magnitude-l2", "random")
 FROM_GRADIENTS = ("taylor", "nvit")
@@ -42,6 +43,7 @@ def scores(
     generator: torch.Generator | None = None,
     *,
     gate: float = 0.0,
+    progress: Progress = quiet,
 ) -> Scores:
     """float32 [U] per group, on the CPU.
 
@@ -84,25 +86,30 @@ def scores(
         p = 2 if criterion == "magnitude-l2" else 1
         found = {group.name: core.magnitude(tensors, group, p) for group in units}
     elif criterion in FROM_GRADIENTS:
-        grads = gradients(model, units, batches, gate)
+        grads = gradients(model, units, batches, gate, progress)
         rule = core.taylor if criterion == "taylor" else core.nvit
         found = {group.name: rule(tensors, grads, group) for group in units}
     else:
         inner = [group for group in units if group.kind != "block"]
-        found = removal(model, [group for group in units if group.kind == "block"], batches)
+        blocks = [group for group in units if group.kind == "block"]
+        found = removal(model, blocks, batches, progress)
         if inner and criterion == "obs":
-            found |= obs(gate_gradients(model, inner, batches))
+            found |= obs(gate_gradients(model, inner, batches, progress))
         elif inner:
-            moments = input_moments(model, inner, batches)
+            moments = input_moments(model, inner, batches, progress)
             found |= _per_unit(model, inner, moments, flap=criterion == "flap")
         if criterion == "ecoflap":
-            for name, weight in sensitivities(model, inner, batches, generator).items():
-                found[name] = found[name] * weight
+            weights = sensitivities(model, inner, batches, generator, progress=progress)
+            found |= {name: found[name] * weight for name, weight in weights.items()}
     return {group.name: found[group.name].float().cpu() for group in units}
 
 
 def gradients(
-    model: nn.Module, units: Sequence[Units], batches: Sequence[Batch], gate: float = 0.0
+    model: nn.Module,
+    units: Sequence[Units],
+    batches: Sequence[Batch],
+    gate: float = 0.0,
+    progress: Progress = quiet,
 ) -> dict[str, Tensor]:
     """float32: the mean gradient over the batches of every parameter that a unit owns of; `gate` as
     in `scores`."""
@@ -114,7 +121,7 @@ def gradients(
         with _still(model), torch.no_grad():
             least = gate * max(float(_losses(model, batch).max()) for batch in batches)
     with _still(model, tensors), torch.enable_grad():
-        for batch in batches:
+        for batch in counted(batches, "scoring", progress):
             losses = _losses(model, batch)
             loss = (losses * (losses > least)).mean() / len(batches)
             parts = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
@@ -125,7 +132,7 @@ def gradients(
 
 
 def input_moments(
-    model: nn.Module, units: Sequence[Units], batches: Sequence[Batch]
+    model: nn.Module, units: Sequence[Units], batches: Sequence[Batch], progress: Progress = quiet
 ) -> dict[str, Moments]:
     """By module path, of each input of the layers that read the units: every token, or pixel, of
     every sample counts once.
@@ -140,7 +147,7 @@ def input_moments(
         found[path] = core.add_tokens(found.get(path), rows)
 
     with _watched(model, units, watch), _still(model), torch.no_grad():
-        for noised, conditions in batches:
+        for noised, conditions in counted(batches, "scoring", progress):
             predict(model, noised, conditions)
     silent = [path for path in _readers(units) if path not in found]
     if silent:
@@ -156,7 +163,7 @@ def input_means(
 
 
 def gate_gradients(
-    model: nn.Module, units: Sequence[Units], batches: Sequence[Batch]
+    model: nn.Module, units: Sequence[Units], batches: Sequence[Batch], progress: Progress = quiet
 ) -> dict[str, Tensor]:
     """float32 [samples, U] per group, on the CPU: dL/dgate of each sample, where a gate of 1
     multiplies what the readers of a unit get; over samples, the mean of W dL/dW over the unit's
@@ -174,7 +181,7 @@ def gate_gradients(
         shape = (*factor.shape, *apart) if isinstance(layer, nn.Conv2d) else None
         return (x * factor.view(shape or (factor.shape[0], *apart, factor.shape[1])), *others)
 
-    for noised, conditions in batches:
+    for noised, conditions in counted(batches, "scoring", progress):
         count, device = len(noised.latents), noised.latents.device
         gates = torch.ones(count, 1 + sum(sizes), device=device, requires_grad=True)
         hooked = _watched(model, units, partial(switch, gates))
@@ -228,6 +235,7 @@ def sensitivities(
     batches: Sequence[Batch],
     generator: torch.Generator,
     epsilon: float = EPSILON,
+    progress: Progress = quiet,
 ) -> dict[str, float]:
     """Of each group: mean over the batches of |L(w + eps z) - L(w - eps z)| / (2 eps), with w all
     that its units own and z standard normal, the same on both sides; two forwards and no gradient
@@ -236,7 +244,8 @@ def sensitivities(
     found = {}
     chances = seeds(generator, len(units))
     with _still(model), torch.no_grad():
-        for group, seed in zip(units, chances, strict=True):
+        pairs = list(zip(units, chances, strict=True))
+        for group, seed in counted(pairs, "looking at layers", progress):
             sides = []
             for step in (epsilon, -epsilon):
                 with _moved(tensors, group, step, seed):
@@ -269,13 +278,15 @@ def ecoflap_keep(
     return proportional(importance, sizes, keep, max_sparsity)
 
 
-def removal(model: nn.Module, blocks: Sequence[Units], batches: Sequence[Batch]) -> Scores:
+def removal(
+    model: nn.Module, blocks: Sequence[Units], batches: Sequence[Batch], progress: Progress = quiet
+) -> Scores:
     """[1] for each block: the mean squared change of the prediction when it is skipped."""
     total = {block.name: torch.zeros(1, dtype=torch.float64) for block in blocks}
     if not blocks:
         return {}
     with _still(model), torch.no_grad():
-        for noised, conditions in batches:
+        for noised, conditions in counted(batches, "leaving out blocks", progress):
             whole = predict(model, noised, conditions)
             for block in blocks:
                 skip = Mask({block.name: torch.zeros(1, dtype=torch.bool)})

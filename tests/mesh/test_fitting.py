@@ -105,5 +105,7 @@ def test_what_fitting_does_not_take(masks, tmp_path):
         fitting.compress(start, data, parse_budget("50%"), config, torch.Generator(), tmp_path)
     with pytest.raises(ValueError, match="knows only truth"):
         fitting.load(str(masks), {"prompts": "x"}, "cpu", "float32", Config())
+    with pytest.raises(ValueError, match="its views are the target"):
+        fitting.load(str(masks), {"views": str(masks)}, "cpu", "float32", Config())
     with pytest.raises(ValueError, match="cpu"):
         fitting.load(str(masks), {}, "cuda", "float32", Config())

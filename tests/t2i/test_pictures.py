@@ -24,7 +24,7 @@ def painted(value, size=64):
     """In place of `make_images`: picture i has i in red, `value` in green; the left half is black
     in blue, the right half white."""
 
-    def make(pipe, asked):
+    def make(pipe, asked, progress=None):
         images = torch.zeros(len(asked.prompts), size, size, 3, dtype=torch.uint8)
         images[..., 0] = torch.arange(len(images)).view(-1, 1, 1)
         images[..., 1] = value[pipe]

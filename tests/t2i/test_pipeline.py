@@ -150,6 +150,22 @@ def test_a_saved_folder_is_readable_by_all_and_names_no_place(folders, tmp_path)
     assert sorted(p.relative_to(again) for p in again.rglob("*")) == first
 
 
+def test_a_saved_tokenizer_tells_nothing_of_its_last_call(folders, tmp_path):
+    pipe = load_pipeline(folders / "sd")
+    save_pipeline(pipe, tmp_path / "before")
+    pipe.tokenizer("a red car", padding="max_length", truncation=True, max_length=9)
+    inner = pipe.tokenizer.backend_tokenizer
+    kept = inner.truncation, inner.padding
+    assert all(kept)
+    save_pipeline(pipe, tmp_path / "after")
+    first, second = (
+        (tmp_path / name / "tokenizer" / "tokenizer.json").read_text()
+        for name in ("before", "after")
+    )
+    assert first == second
+    assert (inner.truncation, inner.padding) == kept
+
+
 def test_stable_diffusion_3_without_its_t5(pipes, tmp_path):
     lean = with_parts(pipes["sd3"], text_encoder_3=None, tokenizer_3=None)
     save_pipeline(lean, tmp_path / "lean")

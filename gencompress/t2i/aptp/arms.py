@@ -134,7 +134,7 @@ def _scored(
     model, _ = denoiser(pipe)
     groups = [g for g in gates.units(model, table.layout) if g.kind != "block"]
     chosen = batches(seen, pipe, SCORE_BATCHES, config.batch, generator)
-    found = scores(model, groups, name, chosen, generator)
+    found = scores(model, groups, name, chosen, generator, progress=progress)
     ends = dict(zip((one.name for one in table.layout.slices), table.layout.offsets, strict=True))
     priced = [
         replace(g, cost=table.entries[ends[g.name] : ends[g.name] + g.cost.numel()]) for g in groups

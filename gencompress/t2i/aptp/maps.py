@@ -20,6 +20,7 @@ from gencompress.t2i.aptp.routed import Routed, pipeline_of, shares_of
 from gencompress.t2i.aptp.router import Router, compared, route
 from gencompress.t2i.evaluate import EvaluationSet, make_images
 from gencompress.t2i.pictures import write_pair
+from gencompress.t2i.train import Progress, quiet
 
 PER_EXPERT = 3  # pictures: a row of a sheet
 MAPPED = 512  # training prompts on the map
@@ -34,7 +35,12 @@ CELL, ROW, GAP = 10, 26, 10
 
 
 def write_views(
-    before: Any, after: Routed, rows: Sequence[dict[str, Any]], wanted: EvaluationSet, folder: Path
+    before: Any,
+    after: Routed,
+    rows: Sequence[dict[str, Any]],
+    wanted: EvaluationSet,
+    folder: Path,
+    progress: Progress = quiet,
 ) -> list[dict[str, Any]]:
     """A sheet for every expert that a held-out prompt goes to, in the folder `expert-NUMBER`: by
     the dense pipeline, by it, and the difference. Returns the views of an index.json.
@@ -52,7 +58,8 @@ def write_views(
         few = _few(wanted, own)
         name = f"expert-{number}"
         (folder / name).mkdir()
-        old, new = (make_images(pipe, few) for pipe in (before, pipeline_of(after, number)))
+        pipes = before, pipeline_of(after, number)
+        old, new = (make_images(pipe, few, progress=progress) for pipe in pipes)
         (view,) = write_pair(old, new, few, folder / name)
         share = len(own) / len(ids)
         caption = (

@@ -173,12 +173,14 @@ def predict(model: Any, data: Inputs, budget: Budget, config: Config) -> dict[st
     }  # fmt: skip
 
 
-def measure(before: Any, after: Routed, data: Inputs) -> list[Measurement]:
+def measure(
+    before: Any, after: Routed, data: Inputs, progress: Progress = quiet
+) -> list[Measurement]:
     """Cost of the experts as the held-out prompts use them, and the pictures of these; whether a
     prompt said otherwise keeps its expert; and what storing differences would take."""
     groups = data.groups if isinstance(data, Given) else ()
     return [
-        *routed_rows(before, _beside(before, after), data),
+        *routed_rows(before, _beside(before, after), data, progress),
         *stability_rows(after.router, groups),
         storage_row(before, after),
     ]
@@ -201,11 +203,18 @@ def restore(folder: Path) -> Routed:
     return load_routed(folder)
 
 
-def preview(before: Any, after: Routed, result: Compressed, data: Inputs, folder: Path) -> None:
+def preview(
+    before: Any,
+    after: Routed,
+    result: Compressed,
+    data: Inputs,
+    folder: Path,
+    progress: Progress = quiet,
+) -> None:
     """For each expert held-out prompts that it gets, drawn by it and by the dense pipeline from
     equal seeds; then where prompts go, and what experts are made of (aptp/maps.py)."""
     experts = [row for row in result.log if row["kind"] == "expert"]
-    views = write_views(before, _beside(before, after), experts, data.wanted, folder)
+    views = write_views(before, _beside(before, after), experts, data.wanted, folder, progress)
     prompts = list(dict.fromkeys(data.prompts))
     pictures = write_maps(after, experts, prompts, data.wanted.prompts, folder)
     write_index(views, folder, pictures)

@@ -23,13 +23,16 @@ from gencompress.t2i.formats import stored_type
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.quality import forward_inputs, forward_rows
+from gencompress.t2i.train import Progress, quiet
 
 WORDS, EXAMPLES = 8, 3  # of an expert in the log
 TIMED, ROUNDS = 8, 7  # samples of a forward that is timed; rounds, each of every model once
 MACS = "MACs per forward, mean over prompts"
 
 
-def routed_rows(before: Any, after: Routed, data: Inputs) -> list[Measurement]:
+def routed_rows(
+    before: Any, after: Routed, data: Inputs, progress: Progress = quiet
+) -> list[Measurement]:
     """As `t2i.quality.pipeline_rows`, each row the mean over the held-out prompts of what their
     experts cost; then what time the saved MACs save, parameters of all experts together, and the
     largest part of the prompts that one expert gets."""
@@ -65,10 +68,12 @@ def routed_rows(before: Any, after: Routed, data: Inputs) -> list[Measurement]:
         Measurement("largest share of prompts", None, 100 * float(shares.max()), "%", "lower"),
     ]
     pictures = (
-        make_images(before, data.wanted),
-        images(after, data.wanted.prompts, data.wanted.seeds, **how(data.wanted)),
+        make_images(before, data.wanted, progress=progress),
+        images(
+            after, data.wanted.prompts, data.wanted.seeds, **how(data.wanted), progress=progress
+        ),
     )
-    return rows + compare_images(*pictures, data.wanted.prompts, data.judges)
+    return rows + compare_images(*pictures, data.wanted.prompts, data.judges, progress)
 
 
 def time_rows(

@@ -71,7 +71,7 @@ def smaller(
     if arm == "width":
         wanted = feed_forwards(model)
         groups = [g for g in coupling.units(model, ("channel",)) if g.name in wanted]
-        scores = importance(model, chosen)
+        scores = importance(model, chosen, progress)
         left = activated - (total - float(sum(g.cost.sum() for g in groups)))
         mask = zscore_by_cost(scores, groups, Budget(max(left, 1.0), "params", floor=LEAST))
     else:

@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from gencompress.core.units import Scores
 from gencompress.t2i import coupling
 from gencompress.t2i import score as criteria
-from gencompress.t2i.calibrate import Batch
+from gencompress.t2i.calibrate import Batch, counted
 from gencompress.t2i.dense2moe import adaln, classes
 from gencompress.t2i.dense2moe.classes import ROUTER_STD, Mixture
 from gencompress.t2i.dense2moe.layout import feed_forwards, kind_of
 from gencompress.t2i.dense2moe.moe import blocks, dense_path, mixtures
+from gencompress.t2i.train import Progress, quiet
 
 # suffixes of the two matrices of a dense FeedForward
 FIRST, SECOND = "net.0.proj", "net.2"
 
 
-def importance(model: nn.Module, batches: Sequence[Batch]) -> Scores:
+def importance(model: nn.Module, batches: Sequence[Batch], progress: Progress = quiet) -> Scores:
     """float32 [U] of each feed-forward: the mean over batches of |the sum of (dL/dw) w| over the
     weights of a neuron, the first-order change of the denoising loss without it.
 
@@ -37,7 +38,7 @@ def importance(model: nn.Module, batches: Sequence[Batch]) -> Scores:
     wanted = feed_forwards(model)
     units = [unit for unit in coupling.units(model, ("channel",)) if unit.name in wanted]
     total = {name: torch.zeros(count) for name, count in wanted.items()}
-    for batch in batches:
+    for batch in counted(batches, "scoring neurons", progress):
         for name, one in criteria.scores(model, units, "taylor", [batch]).items():
             total[name] += one / len(batches)
     for name, one in total.items():

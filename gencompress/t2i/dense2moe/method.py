@@ -108,9 +108,8 @@ def compress(
     inside, _ = denoiser(model)
     mixture = planned(inside, budget, config)
     seen = calibrated(model, data, config.latents, workdir, progress)
-    progress("scoring neurons")
     chosen = batches(seen, model, config.batches, config.batch, generator)
-    scores = importance(inside, chosen)
+    scores = importance(inside, chosen, progress)
     embeddings = None
     if config.adaln != "full":
         chance = draws(seeds(generator, EMBEDDED), inside.device)
@@ -180,7 +179,7 @@ def predict(model: Any, data: Inputs, budget: Budget, config: Config) -> dict[st
     }  # fmt: skip
 
 
-def measure(before: Any, after: Any, data: Inputs) -> list[Measurement]:
+def measure(before: Any, after: Any, data: Inputs, progress: Progress = quiet) -> list[Measurement]:
     """Parameters, those that are activated, MACs, time and memory of a forward, and the pictures of
     held-out prompts."""
     after = beside(before, after)
@@ -196,7 +195,7 @@ def measure(before: Any, after: Any, data: Inputs) -> list[Measurement]:
             ("MACs per forward", "macs", "MACs"),
         )
     ]
-    return rows + drawing_rows(before, after, data)
+    return rows + drawing_rows(before, after, data, progress)
 
 
 def save(result: Compressed, folder: Path, config: Config, data: Inputs) -> Path:
@@ -215,9 +214,16 @@ def restore(folder: Path) -> Any:
     return load_pipeline(folder, dtype=torch.float32)
 
 
-def preview(before: Any, after: Any, result: Compressed, data: Inputs, folder: Path) -> None:
+def preview(
+    before: Any,
+    after: Any,
+    result: Compressed,
+    data: Inputs,
+    folder: Path,
+    progress: Progress = quiet,
+) -> None:
     """Pictures of held-out prompts, of both pipelines from the same seeds."""
-    write_preview(before, beside(before, after), data.wanted, folder)
+    write_preview(before, beside(before, after), data.wanted, folder, progress)
 
 
 def sample(model: Any, data: Inputs, folder: Path) -> list[Path]:

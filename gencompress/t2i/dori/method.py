@@ -191,11 +191,13 @@ def predict(model: Any, data: Memories, budget: Budget, config: Config) -> dict[
     }
 
 
-def measure(before: Any, after: Cleaned, data: Memories) -> list[Measurement]:
+def measure(
+    before: Any, after: Cleaned, data: Memories, progress: Progress = quiet
+) -> list[Measurement]:
     """Rates, similarities and the attack's cost, and the pictures of held-out prompts. `after` is
     moved to where `before` is, and into its dtype."""
     beside(before, after.pipe)
-    return quality.rows(before, after, data)
+    return quality.rows(before, after, data, progress)
 
 
 def save(result: Compressed, folder: Path, config: Config, data: Memories) -> Path:
@@ -212,10 +214,17 @@ def restore(folder: Path) -> Cleaned:
     return read(Path(folder))
 
 
-def preview(before: Any, after: Cleaned, result: Compressed, data: Memories, folder: Path) -> None:
+def preview(
+    before: Any,
+    after: Cleaned,
+    result: Compressed,
+    data: Memories,
+    folder: Path,
+    progress: Progress = quiet,
+) -> None:
     """Pictures of held-out prompts; what is left of every memory; triggers; agreement of masks."""
     beside(before, after.pipe)
-    quality.write_preview(before, after, result.log, data, folder)
+    quality.write_preview(before, after, result.log, data, folder, progress)
 
 
 def sample(model: Cleaned, data: Memories, folder: Path) -> list[Path]:

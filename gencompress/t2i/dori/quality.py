@@ -43,23 +43,27 @@ def audited(
     return data.audits[key]
 
 
-def stages(before: Any, after: Cleaned, data: Memories) -> dict[str, Audit]:
+def stages(
+    before: Any, after: Cleaned, data: Memories, progress: Progress = quiet
+) -> dict[str, Audit]:
     """The audits of "base", "pruned" (where there is a mask) and "repaired" (where that is another
     model)."""
-    found = {"base": audited(before, data)}
+    found = {"base": audited(before, data, progress=progress)}
     if after.mask is not None:
-        found["pruned"] = audited(written(before, after.mask), data)
-    last = audited(after.pipe, data)
+        found["pruned"] = audited(written(before, after.mask), data, progress=progress)
+    last = audited(after.pipe, data, progress=progress)
     if all(last is not one for one in found.values()):
         found["repaired"] = last
     return found
 
 
-def rows(before: Any, after: Cleaned, data: Memories) -> list[Measurement]:
+def rows(
+    before: Any, after: Cleaned, data: Memories, progress: Progress = quiet
+) -> list[Measurement]:
     """Rates with half their 95% interval as spread, similarities and costs of the attack before and
     after; rates of the pruned model on the way; and as any method, the pictures of held-out
     prompts."""
-    found = stages(before, after, data)
+    found = stages(before, after, data, progress)
     base, last = found["base"], found[list(found)[-1]]
     steps, named = data.config.audit_steps, f"({data.copies.name})"
     tested = {"by caption": None, f"after {steps} steps of search": steps}
@@ -84,7 +88,7 @@ def rows(before: Any, after: Cleaned, data: Memories) -> list[Measurement]:
         gone = sum(num_removed(after.mask).values())
         kind = "neurons" if after.about.get("method") == "nemo" else "weights"
         made.append(Measurement(f"{kind} masked", None, float(gone), "", "lower"))
-    return made + drawing_rows(before, after.pipe, data.inputs)
+    return made + drawing_rows(before, after.pipe, data.inputs, progress)
 
 
 def _rate(
@@ -107,13 +111,19 @@ def _cost(found: Audit) -> float | None:
 
 
 def write_preview(
-    before: Any, after: Cleaned, log: Sequence[dict[str, Any]], data: Memories, folder: Path
+    before: Any,
+    after: Cleaned,
+    log: Sequence[dict[str, Any]],
+    data: Memories,
+    folder: Path,
+    progress: Progress = quiet,
 ) -> None:
     """Sheets of held-out prompts; of every memorised picture a row of what is left of it in each
     model; triggers on a plane; and how far the masks of triggers agree."""
     few = shown(data.inputs.wanted)
-    views = write_pair(make_images(before, few), make_images(after.pipe, few), few, folder)
-    found = stages(before, after, data)
+    old, new = (make_images(pipe, few, progress=progress) for pipe in (before, after.pipe))
+    views = write_pair(old, new, few, folder)
+    found = stages(before, after, data, progress)
     plates = []
     for number, group in enumerate(zip(*(one.of("target") for one in found.values()), strict=True)):
         if number < SHOWN:

@@ -140,9 +140,8 @@ def search(
         part = missing[first : first + config.at_once]
         progress(f"searching: picture {len(found)} of {len(seeds)}")
         with frozen(unet):
-            made = _search(
-                unet, pipe.scheduler, latents[part], start[part], [seeds[i] for i in part], config
-            )
+            own = [seeds[i] for i in part]
+            made = _search(unet, pipe.scheduler, latents[part], start[part], own, config, progress)
         for i, trigger in zip(part, made, strict=True):
             found[i] = trigger
             if i in paths:
@@ -205,6 +204,7 @@ def _search(
     start: Tensor,
     seeds: Sequence[int],
     config: SearchConfig,
+    progress: Progress,
 ) -> list[Trigger]:
     device, began = unet.device, time.perf_counter()
     latents = latents.to(device).float()
@@ -216,6 +216,7 @@ def _search(
 
     def check(step: int) -> None:
         """On the same noise every time."""
+        progress(f"steps of searching: {step} of {config.steps}")
         same = _each([seed + CHECK for seed in seeds], config.draws, device)
         with torch.no_grad():
             losses = loss_of(unet, scheduler, latents, states, same, config.draws)

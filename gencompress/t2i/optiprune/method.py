@@ -40,6 +40,7 @@ from gencompress.t2i.optiprune.settings import (
     Config,
     OptiPruned,
     identity_of,
+    place_of,
     read,
     switched_on,
     write,
@@ -88,8 +89,8 @@ def load(
         size,
     )
     judges = read_judges(data["judges"], device) if "judges" in data else ()
-    place = str(Path(target).resolve()) if Path(target).exists() else target
-    asked = Asked(wanted, tuple(found[i] for i in chosen), judges, place, skipped, [])
+    subjects = tuple(found[i] for i in chosen)
+    asked = Asked(wanted, subjects, judges, place_of(target), skipped, [])
     if config.compare:
         check_judged(asked)
     return pipe, asked
@@ -241,7 +242,9 @@ def predict(model: Any, data: Asked, budget: Budget, config: Config) -> dict[str
     }
 
 
-def measure(before: Any, after: OptiPruned, data: Asked) -> list[Measurement]:
+def measure(
+    before: Any, after: OptiPruned, data: Asked, progress: Progress = quiet
+) -> list[Measurement]:
     """What a forward costs with fewer tokens; time and passes of a picture; and what pictures of
     the same seeds show. `after` is moved to where `before` is, and into its dtype."""
     whole = None
@@ -250,7 +253,7 @@ def measure(before: Any, after: OptiPruned, data: Asked) -> list[Measurement]:
     # the pipeline goes with what is saved, so nothing is smaller
     file = Measurement("file size", whole, whole, "B", "lower")
     beside(before, after.pipe)
-    return [file, *quality.rows(before, after, data, _pruning(before, after, data))]
+    return [file, *quality.rows(before, after, data, _pruning(before, after, data), progress)]
 
 
 def _pruning(pipe: Any, made: OptiPruned, data: Asked) -> PruneConfig | None:
@@ -274,11 +277,18 @@ def restore(folder: Path) -> OptiPruned:
     return read(folder)
 
 
-def preview(before: Any, after: OptiPruned, result: Compressed, data: Asked, folder: Path) -> None:
+def preview(
+    before: Any,
+    after: OptiPruned,
+    result: Compressed,
+    data: Asked,
+    folder: Path,
+    progress: Progress = quiet,
+) -> None:
     """Pictures of the same seeds without and with, and the attention to each subject over them. The
     scores of the noise go to the log of `result`."""
     beside(before, after.pipe)
-    result.log.extend(quality.write_preview(before, after, data, folder))
+    result.log.extend(quality.write_preview(before, after, data, folder, progress))
 
 
 def sample(model: OptiPruned, data: Asked, folder: Path) -> list[Path]:

@@ -141,7 +141,8 @@ def map_noise(
             owners = [i for i in still for _ in range(beside)]
             if not still:
                 break
-            more = iter(_optimise(score, part[still].flatten(0, 1), config.steps, config, owners))
+            noise = part[still].flatten(0, 1)
+            more = iter(_optimise(score, noise, config.steps, config, owners, progress))
             for i in still:
                 for _ in range(beside):
                     found[i].append(next(more))
@@ -150,7 +151,7 @@ def map_noise(
         still = open_ones()
         if still and config.last_steps:
             again = torch.stack([starts[i, _best(found[i])] for i in still])
-            more = iter(_optimise(score, again, config.last_steps, config, still))
+            more = iter(_optimise(score, again, config.last_steps, config, still, progress))
             for i in still:
                 found[i].append(next(more))
         return [(rounds, _best(rounds)) for rounds in found]
@@ -306,6 +307,7 @@ def _optimise(
     steps: int,
     config: NoiseConfig,
     owners: Sequence[int] | None = None,
+    progress: Progress = quiet,
 ) -> Found:
     """One round from each of the starts [R, ...], side by side, each as if it were alone; of each
     owner, up to the first that gives valid noise.
@@ -327,6 +329,8 @@ def _optimise(
         rows = [i for i in range(count) if i < ends[owners[i]] and not (best and best[i][0].valid)]
         if not rows:
             break
+        if steps:
+            progress(f"steps of mapping: {step} of {steps}")
         shift, log_var = moves.leaves(rows)
         with torch.set_grad_enabled(step < steps):
             noise = starts[rows] * (log_var / 2).exp() + shift

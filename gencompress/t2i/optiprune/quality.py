@@ -28,7 +28,7 @@ from gencompress.t2i.pictures import shown, write_index, write_pair
 from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.quality import forward_rows
 from gencompress.t2i.sample import default_size
-from gencompress.t2i.train import Progress
+from gencompress.t2i.train import Progress, quiet
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Asked:
     wanted: EvaluationSet
     subjects: tuple[tuple[Subject, ...], ...]  # of its prompts
     judges: tuple[Encoder, ...]
-    place: str  # where the pipeline is: an absolute path, or a name of the hub
+    place: str  # where the pipeline is, see `settings.place_of`
     skipped: int  # prompts of the data without subjects
     drawn: list[Pair]  # the last, for who asks again
 
@@ -63,7 +63,7 @@ class Pair:
     latents: Tensor | None
 
 
-def pair(before: Any, after: OptiPruned, data: Asked) -> Pair:
+def pair(before: Any, after: OptiPruned, data: Asked, progress: Progress = quiet) -> Pair:
     """Drawn once for the same two."""
     for one in data.drawn:
         if one.pipes == (before, after):
@@ -72,11 +72,11 @@ def pair(before: Any, after: OptiPruned, data: Asked) -> Pair:
     passes = Passes()
     began = time.perf_counter()
     with passes.counted(denoiser(before)[0]):
-        old = make_images(before, data.wanted, batch)
+        old = make_images(before, data.wanted, batch, progress)
     seconds = time.perf_counter() - began
-    with switched_on(after) as pipe:
+    with switched_on(after, progress) as pipe:
         session = pipe.optiprune
-        new = make_images(pipe, data.wanted, batch)
+        new = make_images(pipe, data.wanted, batch, progress)
     noise = session.noise
     found = Pair(
         (before, after),
@@ -92,12 +92,16 @@ def pair(before: Any, after: OptiPruned, data: Asked) -> Pair:
 
 
 def rows(
-    before: Any, after: OptiPruned, data: Asked, prune: PruneConfig | None
+    before: Any,
+    after: OptiPruned,
+    data: Asked,
+    prune: PruneConfig | None,
+    progress: Progress = quiet,
 ) -> list[Measurement]:
     """Time and passes of a picture, MACs, time and memory of a forward, the scores of the noise,
     and all that the pictures tell with the judges (t2i/evaluate.py)."""
     size = data.wanted.size or default_size(before)
-    both = pair(before, after, data)
+    both = pair(before, after, data, progress)
     count = len(data.wanted.prompts)
     calls = [row for row in both.rows if row["kind"] == "pictures"]
     search, sampling = (
@@ -134,7 +138,7 @@ def rows(
             Measurement(name, starts, ends, "", "lower", count),
             Measurement("valid noise", None, valid, "%", "higher", count),
         ]
-    return found + compare_images(*both.images, data.wanted.prompts, data.judges)
+    return found + compare_images(*both.images, data.wanted.prompts, data.judges, progress)
 
 
 def check_judged(data: Asked) -> None:
@@ -185,11 +189,11 @@ def arm_rows(
 
 
 def write_preview(
-    before: Any, after: OptiPruned, data: Asked, folder: Path
+    before: Any, after: OptiPruned, data: Asked, folder: Path, progress: Progress = quiet
 ) -> list[dict[str, Any]]:
     """Sheets without and with, and the attention to each subject over these pictures; what the
     session noted."""
-    both, few = pair(before, after, data), shown(data.wanted)
+    both, few = pair(before, after, data, progress), shown(data.wanted)
     count = len(few.prompts)
     old, new = (images[:count] for images in both.images)
     start = "both from the same noise"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from gencompress.files import FormatError
+from gencompress.scenes import names, resolve
 from gencompress.t2i.data.cache import digest
 from gencompress.t2i.formats import read_json, write_json
 from gencompress.t2i.optiprune.excite import ATTEND_EXCITE, INITNO
@@ -111,7 +112,7 @@ class OptiPruned:
     ratio: float  # of the tokens that go; 0: none do
     min_tokens: int | None  # of the layers where they go; None: only the largest
     saving: float | None  # seconds of a forward that pruning saves by forecast, where it was made
-    place: str
+    place: str  # where that is, see `place_of`
     identity: str  # of the pipeline, see `identity_of`
 
 
@@ -130,6 +131,27 @@ def switched_on(model: OptiPruned, progress: Progress = quiet) -> AbstractContex
         progress=progress,
         **pruning,
     )
+
+
+def place_of(target: str) -> str:
+    """What an artifact calls its pipeline: the name of an embedded scene or of the hub, or the path
+    as it was given."""
+    path = Path(target)
+    known = path.is_dir() and path.name in names() and path.samefile(resolve(path.name))
+    return path.name if known else path.as_posix()
+
+
+def _found(place: str, folder: Path) -> str:
+    """Where a pipeline is now. A path that is not absolute starts here, or else from one of the
+    folders that the artifact is in, the nearest first; which of them is right, its identity says.
+    """
+    if not Path(place).exists():
+        for base in folder.resolve().parents:
+            if (base / place).is_dir():
+                return str(base / place)
+    with suppress(FileNotFoundError):
+        return str(resolve(place))
+    return place
 
 
 def write(made: OptiPruned, folder: Path) -> Path:
@@ -175,6 +197,7 @@ def read(folder: Path) -> OptiPruned:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
         raise FormatError(path, f"not the settings of optiprune: {problem}") from None
     try:
+        place = _found(place, Path(folder))
         pipe = load_pipeline(place, dtype=dtype)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: works on the pipeline {place}, which is gone") from None

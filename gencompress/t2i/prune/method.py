@@ -179,8 +179,8 @@ def _pruned(
     model, _ = denoiser(pipe)
     progress(f"scoring by {config.score}")
     chosen = batches(seen, pipe, config.batches, config.batch, generator)
-    found = scores(model, room.units, config.score, chosen, generator)
-    mask = _choose(model, room, found, chosen, config, generator)
+    found = scores(model, room.units, config.score, chosen, generator, progress=progress)
+    mask = _choose(model, room, found, chosen, config, generator, progress)
     smaller = _made_up_for(model, room.units, mask, chosen, config)
     kept = {"kind": "kept", **room.kept(mask), "stored": stored_type(model)}
     log: list[dict[str, Any]] = [kept]
@@ -230,12 +230,13 @@ def _choose(
     chosen: list[Any],
     config: Config,
     generator: torch.Generator,
+    progress: Progress,
 ) -> Mask:
     """The mask that keeps most within the budget, of multiples where they are asked for."""
     if config.allocate == "uniform":
         masks = _by_share(room, found, config, _alike)
     elif config.allocate == "ecoflap":
-        weights = sensitivities(model, room.units, chosen, generator)
+        weights = sensitivities(model, room.units, chosen, generator, progress=progress)
         masks = _by_share(
             room, found, config, lambda groups, share: _given(model, groups, weights, share)
         )
@@ -343,10 +344,10 @@ def predict(model: Any, data: Inputs, budget: Budget, config: Config) -> dict[st
     return room_for(model, config.kinds, budget, data.wanted.size, _floors(config)).predicted()
 
 
-def measure(before: Any, after: Any, data: Inputs) -> list[Measurement]:
+def measure(before: Any, after: Any, data: Inputs, progress: Progress = quiet) -> list[Measurement]:
     """Cost of the denoiser, time and memory of a forward, and the pictures of held-out prompts.
     `after` is moved to where `before` is, and into its dtype."""
-    return pipeline_rows(before, beside(before, after), data)
+    return pipeline_rows(before, beside(before, after), data, progress)
 
 
 def save(result: Compressed, folder: Path, config: Config, data: Inputs) -> Path:
@@ -362,9 +363,16 @@ def restore(folder: Path) -> Any:
     return load_pipeline(folder, dtype=torch.float32)
 
 
-def preview(before: Any, after: Any, result: Compressed, data: Inputs, folder: Path) -> None:
+def preview(
+    before: Any,
+    after: Any,
+    result: Compressed,
+    data: Inputs,
+    folder: Path,
+    progress: Progress = quiet,
+) -> None:
     """Pictures of held-out prompts, of both pipelines from the same seeds."""
-    write_preview(before, beside(before, after), data.wanted, folder)
+    write_preview(before, beside(before, after), data.wanted, folder, progress)
 
 
 def sample(model: Any, data: Inputs, folder: Path) -> list[Path]:

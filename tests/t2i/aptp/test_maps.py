@@ -72,7 +72,7 @@ def test_sheets_hold_the_pictures_of_that_expert(made, rows, tmp_path):
     wanted = EvaluationSet(tuple(PROMPTS[:6]), tuple(range(6)), 2, 1.0, 32)
     seen = []
 
-    def noting(pipe, few):
+    def noting(pipe, few, progress):
         seen.append((pipe.unet, few.prompts))
         return make_images(pipe, few)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gencompress import run
+from gencompress import draw, run
 from gencompress.artifact import read_log
 from gencompress.core.budget import parse_budget
 from gencompress.core.mask import Mask
@@ -183,7 +183,7 @@ def test_reports_and_samples(artifact, tmp_path):
 
     page = write_report([artifact.folder], tmp_path / "report").read_text(encoding="utf-8")
     assert "memorisation rate" in page and page.count("data:image/png") >= 4
-    paths = run.sample(str(artifact.folder), tmp_path, ["a red car"], 0, steps=1)
+    paths = draw.sample(str(artifact.folder), tmp_path, ["a red car"], 0, steps=1)
     assert [path.name for path in paths] == ["0001.png", "sheet.png"]
 
 

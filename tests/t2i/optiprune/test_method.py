@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from gencompress.t2i.optiprune import Config, apply, method, optiprune, restore
 from gencompress.t2i.optiprune.noise import NoiseConfig
 from gencompress.t2i.optiprune.price import macs_of
 from gencompress.t2i.optiprune.prune import PruneConfig
-from gencompress.t2i.optiprune.settings import identity_of
+from gencompress.t2i.optiprune.settings import identity_of, place_of
 from gencompress.t2i.pipeline import denoiser, save_pipeline
 from gencompress.t2i.sample import sample
 
@@ -333,6 +334,30 @@ def test_a_pipeline_that_has_changed_is_refused(ground, tmp_path):
     save_pipeline(tiny.mini_pipeline("sd", 1), tmp_path / "sd")
     with pytest.raises(FormatError, match="make it anew"):
         restore(tmp_path / "m")
+
+
+def test_the_pipeline_is_found_from_elsewhere(ground, tmp_path, monkeypatch):
+    """A path that is not absolute stays so, and both may move as long as they do together."""
+    shutil.copytree(ground / "sd", tmp_path / "here" / "sd")
+    monkeypatch.chdir(tmp_path / "here")
+    config = Config(**{**QUICK, "prompts": PROMPTS})
+    loaded = method.load("sd", {}, "cpu", "float32", config)
+    (tmp_path / "here" / "r" / "model").mkdir(parents=True)
+    method.save(compress(loaded), Path("r/model"), config, None)
+    assert json.loads(Path("r/model/optiprune.json").read_text())["pipeline"]["place"] == "sd"
+    assert restore(Path("r/model")).place == "sd"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert Path(restore(Path("there/r/model")).place) == tmp_path / "there" / "sd"
+    shutil.rmtree(tmp_path / "there" / "sd")
+    with pytest.raises(FileNotFoundError, match="the pipeline sd, which is gone"):
+        restore(Path("there/r/model"))
+
+
+def test_an_embedded_pipeline_goes_by_its_name(ground):
+    assert place_of(str(resolve("tiny-sd"))) == "tiny-sd"
+    assert place_of("owner/name") == "owner/name"
+    assert place_of(str(ground / "sd")) == (ground / "sd").as_posix()
 
 
 # what is measured
