@@ -33,8 +33,8 @@ def once(monkeypatch):
     for name in ("scores", "sensitivities"):
         usual, found = getattr(method, name), []
 
-        def remembering(*arguments, usual=usual, found=found):
-            found[:] = found or [usual(*arguments)]
+        def remembering(*arguments, usual=usual, found=found, **more):
+            found[:] = found or [usual(*arguments, **more)]
             return found[0]
 
         monkeypatch.setattr(method, name, remembering)
