@@ -43,7 +43,7 @@ from gencompress.t2i.inputs import read_judges
 from gencompress.t2i.optiprune.arms import ARMS, draw_arm
 from gencompress.t2i.optiprune.noise import NoiseConfig, noise_shape
 from gencompress.t2i.optiprune.prompts import benchmark
-from gencompress.t2i.optiprune.prune import PruneConfig
+from gencompress.t2i.optiprune.prune import MODES, SOURCES, PruneConfig
 from gencompress.t2i.optiprune.scores import PEAKS
 from gencompress.t2i.optiprune.subjects import find_subjects
 from gencompress.t2i.pipeline import load_pipeline
@@ -252,6 +252,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="of sampling (20)")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--ratio", type=float, default=0.5, help="of the tokens pruned (0.5)")
+    parser.add_argument("--mode", choices=MODES, help="of pruning; the layers' own unless given")
+    parser.add_argument("--recover-from", choices=SOURCES, default=PruneConfig.recover_from)
     parser.add_argument("--rounds", type=int, default=5, help="of new noise (5)")
     parser.add_argument("--noise-steps", type=int, default=10, help="of a round (10)")
     parser.add_argument("--last-steps", type=int, default=0, help="from the best start (0)")
@@ -278,7 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{args.judges} holds no detector")
     case = cases(pipe, labels, args.seeds, args.prompts)
     size = default_size(pipe)
-    prune = PruneConfig(ratio=args.ratio, min_tokens=math.prod(noise_shape(pipe, size)[1:]))
+    prune = PruneConfig(
+        ratio=args.ratio,
+        min_tokens=math.prod(noise_shape(pipe, size)[1:]),
+        mode=args.mode,
+        recover_from=args.recover_from,
+    )
     noise = NoiseConfig(
         gate=args.gate,
         peaks=args.peaks,
