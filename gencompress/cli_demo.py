@@ -20,7 +20,7 @@ def demo(
     methods: Annotated[list[str] | None, typer.Argument(help="Methods; all if none.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for artifacts and report.")] = Path("demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="In one to two minutes: less work, worse results.")
+        bool, typer.Option("--quick", help="In two to three minutes: less work, worse results.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing output.")
