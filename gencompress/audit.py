@@ -4,7 +4,6 @@ audit.html and a row of pictures for every training picture."""
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from gencompress.files import FormatError, locked, sweep, writing
 from gencompress.recipe import config_from
 from gencompress.report.audit import audit_html, audit_markdown
 from gencompress.run import METHODS, WORK, Progress, method, quiet
-from gencompress.scenes import resolve
+from gencompress.scenes import located, resolve
 
 SCHEMA = 1  # of audit.json; grows when a field changes its meaning or goes away
 JSON, PAGE, TEXT, PICTURES = "audit.json", "audit.html", "audit.md", "pictures"
@@ -148,12 +147,10 @@ def _parts(
 
     from gencompress.t2i.pipeline import load_pipeline
 
-    folder = None
-    with contextlib.suppress(FileNotFoundError):
-        folder = resolve(source)
+    place = located(source)
+    folder = Path(place)
     dtype = torch.float32 if device == "cpu" else None
-    if folder is None or not (folder / "manifest.json").is_file():
-        place = source if folder is None else str(folder)
+    if not (folder / "manifest.json").is_file():
         return [(load_pipeline(place, device=device, dtype=dtype), None)], []
     artifact = read_artifact(folder)
     kind = artifact.manifest["method"]

@@ -17,6 +17,9 @@ from gencompress.artifact import model_path, read_artifact
 from gencompress.console import (
     DIFFERS,
     PLAIN,
+    Json,
+    Overwrite,
+    Quiet,
     err_console,
     number,
     out_console,
@@ -46,8 +49,6 @@ app.command()(cli_audit.audit)
 app.command()(cli_batch.batch)
 app.command()(cli_demo.demo)
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse files with values to drop.")]
 Out = Annotated[Path | None, typer.Option(help="Artifact folder, or a model file.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", help="Recipe file, or a shipped one.")]
@@ -56,7 +57,6 @@ DataFiles = Annotated[list[str] | None, typer.Option("--data", help="name=path, 
 Seed = Annotated[int | None, typer.Option("--seed", help="Of every random choice.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Predict the size only.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 
 def main() -> None:

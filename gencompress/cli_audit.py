@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gencompress.console import PLAIN, out_console, print_values, running
+from gencompress.console import PLAIN, Json, Quiet, out_console, print_values, running
 
 
 def audit(
@@ -34,8 +34,8 @@ def audit(
     seed: Annotated[int | None, typer.Option(help="Of every random choice, 0.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an audit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Whether a pipeline still holds training pictures: by caption, and by a search. Resumes."""
     from gencompress.audit import audit_pipeline

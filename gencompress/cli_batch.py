@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from gencompress.console import PLAIN, out_console, print_values, running, show_outcomes
+from gencompress.console import (
+    PLAIN,
+    Json,
+    Quiet,
+    out_console,
+    print_values,
+    running,
+    show_outcomes,
+)
 
 
 def batch(
@@ -22,8 +30,8 @@ def batch(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace other artifacts.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run many recipes, or one on many targets; keeps what is there. Exit 1 if a run fails."""
     from gencompress.batch import plan, run_batch

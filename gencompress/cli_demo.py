@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gencompress.artifact import is_made, read_artifact
-from gencompress.console import PLAIN, out_console, running, show
+from gencompress.console import PLAIN, Overwrite, Quiet, out_console, running, show
 from gencompress.recipe import RecipeError, read_recipe, shipped_recipes
 
 # ends of the names of shipped recipes
@@ -22,10 +22,8 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="In two to three minutes: less work, worse results.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing output.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run every method on its embedded default, then write one report. Goes on if stopped."""
     from gencompress.report.write import NAMES, write_report

@@ -8,8 +8,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,6 +24,10 @@ err_console = Console(stderr=True)
 DIFFERS = "DIFFERS"  # the verdict on a number that should be what it was
 COUNTED = re.compile(r"([\d,]+) of ([\d,]+)")  # in what a stage says: so many are done
 LINE_SECONDS = 20.0  # between lines about the same stage, where there is no terminal
+# options of several commands
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 # a path is no markup, and stays in one line
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 from pathlib import Path
 from typing import Any
 
 from gencompress.artifact import read_artifact
 from gencompress.run import method, reopen
-from gencompress.scenes import resolve
+from gencompress.scenes import located
 
 
 def sample(source: str, out: Path, prompts: list[str], seed: int, **how: Any) -> list[Path]:
@@ -20,17 +19,15 @@ def sample(source: str, out: Path, prompts: list[str], seed: int, **how: Any) ->
     Raises ValueError for prompts and the artifact of another method, and for no prompts and no
     artifact.
     """
-    artifact = None
-    with contextlib.suppress(FileNotFoundError):
-        folder = resolve(source)
-        artifact = read_artifact(folder) if (folder / "manifest.json").is_file() else None
+    place = located(source)
+    artifact = read_artifact(place) if (Path(place) / "manifest.json").is_file() else None
     if not prompts:
         if artifact is None:
             raise ValueError(f"{source}: no artifact; of a pipeline, say what to draw: --prompt")
         package, _, data, model = reopen(artifact)
         return package.sample(model, data, out)
     if artifact is None:
-        place, package = _place(source), importlib.import_module("gencompress.t2i.pictures")
+        package = importlib.import_module("gencompress.t2i.pictures")
     else:
         kind = artifact.manifest["method"]
         place, package = str(artifact.folder / "model"), method(kind)
@@ -38,10 +35,3 @@ def sample(source: str, out: Path, prompts: list[str], seed: int, **how: Any) ->
             raise ValueError(f"{source}: an artifact of {kind!r}, which draws no prompts")
     paths: list[Path] = package.draw(place, prompts, seed, out, **how)
     return paths
-
-
-def _place(source: str) -> str:
-    """Of a pipeline: what `resolve` finds, or a name on the hub."""
-    with contextlib.suppress(FileNotFoundError):
-        return str(resolve(source))
-    return source

@@ -61,6 +61,14 @@ def resolve(target: str | Path) -> Path:
     return _stands_for(path) if (path / ABOUT).is_file() else _embedded(target, name)
 
 
+def located(name: str) -> str:
+    """What `resolve` finds, or else the name as it is: one on the hub, perhaps."""
+    try:
+        return str(resolve(name))
+    except FileNotFoundError:
+        return name
+
+
 def _trained(folder: Path) -> Path:
     """The last splats of a training, by the numbers in their names; any other folder as it is."""
     if any(found for name in _OTHERS for found in folder.glob(name)):

@@ -65,6 +65,11 @@ def commands(*, t2i=False):
         server.stdin.close()
 
 
+def starter(run, ground, words):
+    """`start(out, ...)` for `killed_often`: a command whose output is to be `out`, in a folder."""
+    return lambda out, **how: run([*words, "--out", out], ground, **how)
+
+
 def killed_often(start, tmp_path, kills, seed, last=None):
     """Kills a command so often at moments of chance, starting it again each time; where it comes to
     its end meanwhile, it begins anew in another folder. What it leaves is absent or whole, and in

@@ -1,7 +1,5 @@
 """Commands that are killed: the output is absent or whole, and started again they end the same."""
 
-import functools
-
 import pytest
 from killing import (
     KILLED,
@@ -11,6 +9,7 @@ from killing import (
     left_of,
     linux_only,
     settings,
+    starter,
     told,
 )
 from mesh.mesh_samples import disc, join, moved
@@ -58,10 +57,6 @@ def ground(tmp_path_factory):
     return folder
 
 
-def started(run, ground, name, out, **how):
-    return run([*COMMANDS[name], "--out", out], ground, **how)
-
-
 @pytest.mark.parametrize(
     ("name", "checkpoints"),
     [
@@ -71,10 +66,11 @@ def started(run, ground, name, out, **how):
 )
 def test_three_kills(run, ground, tmp_path, name, checkpoints):
     """After a checkpoint, before the next is in its place, and before the artifact is in its."""
-    code, _, said = started(run, ground, name, tmp_path / "whole" / "r")
+    start = starter(run, ground, COMMANDS[name])
+    code, _, said = start(tmp_path / "whole" / "r")
     assert code == 1 and "does not exist" in said  # a folder to hold it is needed
     (tmp_path / "whole").mkdir()
-    assert started(run, ground, name, tmp_path / "whole" / "r")[0] == 0
+    assert start(tmp_path / "whole" / "r")[0] == 0
     assert left_of(tmp_path / "whole" / "r") == set()
 
     out = tmp_path / "killed" / "r"
@@ -82,14 +78,14 @@ def test_three_kills(run, ground, tmp_path, name, checkpoints):
     work = WORK.format("r")
     moments = [("after", checkpoints[0]), ("before", checkpoints[1]), ("before", "r")]
     for number, (when, file) in enumerate(moments):
-        code, _, said = started(run, ground, name, out, at=(when, file, 1))
+        code, _, said = start(out, at=(when, file, 1))
         assert code == KILLED, said
         assert ("resuming" in said) == (number > 0)
         assert not out.exists() and {work, f"{work}.lock"} <= left_of(out)
         assert (out.with_name(work) / checkpoints[0]).is_file()
     assert any(path.suffix == ".part" for path in out.parent.iterdir())
     assert (out.with_name(work) / "model").is_dir()
-    code, _, said = started(run, ground, name, out)
+    code, _, said = start(out)
     assert code == 0 and "resuming" in said
     assert left_of(out) == set()
     assert told(out) == told(tmp_path / "whole" / "r")
@@ -97,11 +93,11 @@ def test_three_kills(run, ground, tmp_path, name, checkpoints):
 
 @pytest.mark.parametrize("name", SOME)
 def test_kills_at_three_moments(run, ground, tmp_path, name):
-    killed_often(functools.partial(started, run, ground, name), tmp_path, 3, 1)
+    killed_often(starter(run, ground, COMMANDS[name]), tmp_path, 3, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_kills_at_any_moment(run, ground, tmp_path, name):
-    killed_often(functools.partial(started, run, ground, name), tmp_path, MANY, 0)
+    killed_often(starter(run, ground, COMMANDS[name]), tmp_path, MANY, 0)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ def optimizers(
     rate: float,
     betas: tuple[float, float],
     decay: float,
-    tables: Iterable[str] = (),
+    tables: Sequence[str] = (),
     moments: Mapping[str, Tensor] | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Of all weights, each in one.
@@ -34,23 +33,22 @@ def optimizers(
         tables: names of matrices that AdamW takes all the same.
         moments: of a checkpoint, by "weight/moment".
     """
-    matrices = {key for key, one in weights.items() if name == "muon" and one.ndim == 2}
-    by_muon = [one for key, one in weights.items() if key in matrices.difference(tables)]
-    ours = {*by_muon}
-    groups = [{"params": one} for one in kinds(w for w in weights.values() if w not in ours)]
+    by_muon, others = [], []
+    for key, one in weights.items():
+        whole = name == "muon" and one.ndim == 2 and key not in tables
+        (by_muon if whole else others).append(one)
     found: list[torch.optim.Optimizer] = []
-    if groups:
+    if others:
+        groups = [{"params": kind} for kind in kinds(others)]
         found.append(torch.optim.AdamW(groups, rate, betas, weight_decay=decay, fused=True))
     if by_muon:
-        settings: dict[str, Any] = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
-        found.append(torch.optim.Muon(by_muon, rate, **settings))
+        found.append(torch.optim.Muon(by_muon, rate, decay, adjust_lr_fn="match_rms_adamw"))
     slots = _slots(weights, moments or {})
     for optimizer in found:
         order = [one for group in optimizer.param_groups for one in group["params"]]
         state = {number: slots[one] for number, one in enumerate(order) if one in slots}
         if state:
-            settings = optimizer.state_dict() | {"state": state}
-            optimizer.load_state_dict(settings)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from gencompress.files import FormatError
-from gencompress.scenes import names, resolve
+from gencompress.scenes import located, names, resolve
 from gencompress.t2i.data.cache import digest
 from gencompress.t2i.formats import read_json, write_json
 from gencompress.t2i.optiprune.excite import ATTEND_EXCITE, INITNO
@@ -149,9 +149,7 @@ def _found(place: str, folder: Path) -> str:
         for base in folder.resolve().parents:
             if (base / place).is_dir():
                 return str(base / place)
-    with suppress(FileNotFoundError):
-        return str(resolve(place))
-    return place
+    return located(place)
 
 
 def write(made: OptiPruned, folder: Path) -> Path:

@@ -1,10 +1,9 @@
 """Audits and the cutting of memories that are killed: see tests/test_kill.py."""
 
 import csv
-import functools
 
 import pytest
-from killing import MANY, commands, killed_often, linux_only, settings
+from killing import MANY, commands, killed_often, linux_only, settings, starter
 from PIL import Image
 from t2i.prune.prune_samples import write_pipeline, write_prompts
 
@@ -44,17 +43,13 @@ def ground(tmp_path_factory):
     return folder
 
 
-def started(run, ground, name, out, **how):
-    return run([*COMMANDS[name], "--out", out], ground, **how)
-
-
 @pytest.mark.parametrize("name", COMMANDS)
 def test_kills_at_three_moments(run, ground, tmp_path, name):
-    killed_often(functools.partial(started, run, ground, name), tmp_path, 3, 1)
+    killed_often(starter(run, ground, COMMANDS[name]), tmp_path, 3, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_kills_at_any_moment(run, ground, tmp_path, name):
-    killed_often(functools.partial(started, run, ground, name), tmp_path, MANY, 0)
+    killed_often(starter(run, ground, COMMANDS[name]), tmp_path, MANY, 0)
