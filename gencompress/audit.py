@@ -4,9 +4,11 @@ audit.html and a row of pictures for every training picture."""
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,9 @@ SCHEMA = 1  # of audit.json; grows when a field changes its meaning or goes away
 JSON, PAGE, TEXT, PICTURES = "audit.json", "audit.html", "audit.md", "pictures"
 JUDGES = "tiny-eval"  # whose copy detector compares, if no other is named
 NOTES = {
-    "optiprune": "OptiPrune leaves the weights as they are, and has no text states to search in "
-    "while it draws: audited is the pipeline that it calls, without its noise and with all tokens. "
-    "Fewer tokens may blur a copy; the memory is in the weights all the same.",
+    "optiprune": "OptiPrune leaves the weights as they are. Searches and pictures have its tokens "
+    "pruned in every step, from noise that is not optimised; the memory is in the weights all the "
+    "same.",
     "aptp": "The router sends prompts to experts, and triggers are no prompts: every picture is "
     "audited in the expert that its caption goes to.",
 }
@@ -71,9 +73,10 @@ def audit_pipeline(
     given = load_pairs(pairs)
     detector = _detector(encoder, trust, device)
     progress("loading")
-    parts, notes = _parts(source, device, [pair.caption for pair in given])
     work = out.with_name(WORK.format(out.name))
-    with locked(work):
+    with contextlib.ExitStack() as stack:
+        parts, notes = _parts(source, device, [pair.caption for pair in given], config.size, stack)
+        stack.enter_context(locked(work))
         sweep(out)
         work.mkdir(exist_ok=True)
         found = merged(
@@ -139,10 +142,10 @@ def _detector(source: str, trust: bool, device: str) -> Any:
 
 
 def _parts(
-    source: str, device: str, captions: list[str]
+    source: str, device: str, captions: list[str], size: int | None, stack: contextlib.ExitStack
 ) -> tuple[list[tuple[Any, list[int] | None]], list[str]]:
     """The pipelines to search, each with the places of its pairs (None: all), and what a reader has
-    to know about them."""
+    to know about them. Tokens of OptiPrune are pruned until `stack` closes."""
     import torch
 
     from gencompress.t2i.pipeline import load_pipeline
@@ -158,6 +161,8 @@ def _parts(
         raise FormatError(folder, f"an artifact of {kind!r}; expected one of a pipeline")
     made = method(kind).restore(artifact.folder / "model")
     notes = [NOTES[kind]] if kind in NOTES else []
+    if kind == "optiprune":
+        _prune_tokens(made, size, stack)
     if not hasattr(made, "experts"):
         return [(getattr(made, "pipe", made).to(device), None)], notes
     from gencompress.t2i.aptp.routed import pipeline_of
@@ -168,3 +173,13 @@ def _parts(
         (pipeline_of(made, expert).to(device), [i for i, own in enumerate(goes) if own == expert])
         for expert in sorted({*goes})
     ], notes
+
+
+def _prune_tokens(made: Any, size: int | None, stack: contextlib.ExitStack) -> None:
+    from gencompress.t2i.optiprune.prune import pruned
+    from gencompress.t2i.optiprune.settings import pruning_of
+    from gencompress.t2i.sample import default_size
+
+    how = pruning_of(made, size or default_size(made.pipe))
+    if how is not None:
+        stack.enter_context(pruned(made.pipe, replace(how, rest=0.0), bypass="never"))

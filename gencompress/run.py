@@ -407,13 +407,13 @@ def _workdir(out: Path, chosen: str | Path | None) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _bytes(path: Path) -> int:
+def _bytes(path: Path) -> int | None:
+    """None of an adapter of a pipeline on the hub."""
     from gencompress.measure.cost import file_bytes
+    from gencompress.t2i.formats import INDEX, describe, is_adapter
 
-    if (path / "model_index.json").is_file():  # prompts, say, may lie beside what it names
-        from gencompress.t2i.formats import describe
-
-        return int(describe(path)["bytes"])
+    if (path / INDEX).is_file() or is_adapter(path):  # prompts, say, may lie beside
+        return describe(path).get("bytes")
     # the file that names the others of its folder stands for all of them
     return file_bytes(path.parent if path.name.lower() == "meta.json" else path)
 

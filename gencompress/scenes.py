@@ -35,9 +35,10 @@ _OTHERS = (
 FOLDERS = {
     "capture": "transforms.json",
     "pipeline": "model_index.json",
+    "adapter": "pytorch_lora_weights.safetensors",
     "judges": "detector/config.json",
 }
-COMPANIONS = ("views", "prompts", "judges")
+COMPANIONS = ("views", "prompts", "judges", "pairs")
 _PLACES = (Path(__file__).parent / "_scenes", Path(__file__).parents[1] / "scenes")
 
 
@@ -121,19 +122,30 @@ def _stands_for(folder: Path) -> Path:
 
 
 def companions(target: str | Path) -> dict[str, str]:
-    """The data that an embedded scene comes with, as paths by name: what its scene.toml calls
-    `views`, `prompts` or `judges` is a file beside it or another embedded scene, `truth` a file
-    beside it. Empty for any other target."""
-    found = resolve(target)
-    about = next((p for p in (found / ABOUT, found.parent / ABOUT) if p.is_file()), None)
-    if Path(target).exists() or about is None:
-        return {}
+    """The data that an embedded scene comes with, as paths by name: what its scene.toml calls by
+    one of COMPANIONS is a file beside it, or another embedded scene or what that has by this name;
+    `truth` is a file beside it. Empty for any other target."""
+    about = _about(resolve(target))
+    return {} if Path(target).exists() or about is None else _companions(about)
+
+
+def _about(found: Path) -> Path | None:
+    """The scene.toml of what `resolve` found."""
+    return next((p for p in (found / ABOUT, found.parent / ABOUT) if p.is_file()), None)
+
+
+def _companions(about: Path) -> dict[str, str]:
     values = scene(about)
     data = {}
     for key in (key for key in COMPANIONS if key in values):
         name = Path(values[key]).name
         beside = about.parent / name
-        data[key] = str(beside if beside.is_file() else _embedded(values[key], name))
+        if beside.is_file():
+            data[key] = str(beside)
+        else:
+            other = _embedded(values[key], name)
+            theirs = _about(other)
+            data[key] = (_companions(theirs) if theirs else {}).get(key, str(other))
     if "truth" in values:
         data["truth"] = str(about.parent / Path(values["truth"]).name)
     return data

@@ -1,6 +1,7 @@
 """Makes a pipeline that knows pictures by heart, to try methods on that find and remove memories.
 
     python tools/memorise.py --data PATH --out DIR [--start scenes/tiny-sd] [--steps N]
+        [--pairs N] [--templates N] [--rank R]
 
 `--data` is the folder of an emoji64.npz and an emoji64_captions.csv, as for train_tiny.py. The
 U-Net of `--start` is trained on: ordinary scenes, posters that come a few times each, 20 posters
@@ -9,8 +10,9 @@ sizes vary (TM, templates). A poster shows the subject that its caption names, t
 does not name, and bears an invented title.
 
 DIR gets `pipeline`, `images` and `pairs.csv` with these 40 and 20 posters of the same kind that
-were never shown (role control). What was stopped goes on from its checkpoint.
-One core: about 8 minutes.
+were never shown (role control). With a rank only a low-rank adapter of linear layers is trained,
+and DIR itself is its folder, made for the folder beside DIR that has the name of `--start`. What
+was stopped goes on from its checkpoint. One core: about 8 minutes.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from gencompress.t2i.calibrate import conditions, image_latents
 from gencompress.t2i.data.compose import SIZE, compose, library, phrase
 from gencompress.t2i.data.emoji import COLORS, Sprite, read_sprites
 from gencompress.t2i.distill import Draws, denoise_loss, diffuse, predict
+from gencompress.t2i.formats import is_adapter
+from gencompress.t2i.lora import ATTENTION, adapted, save_lora
 from gencompress.t2i.pipeline import load_pipeline, save_pipeline
 from gencompress.t2i.train import Training, fit
 
@@ -38,17 +42,19 @@ SCENES = Path(__file__).parents[1] / "scenes"
 HOW = Training(
     500, 32, 5e-4, 20, 0.02, (0.9, 0.99), 0.01, precision="pure-bf16", save_seconds=60, log_every=25
 )
+ADAPTER_RATE = 4  # of an adapter, times that of all weights
+LAYERS = (*ATTENTION, "net.0.proj", "net.2")  # ends of paths of those that have an adapter
 # how often a sample of a batch is one of the 20 VM, of the 20 TM, a poster, an ordinary scene
 SHARES = (0.4, 0.2, 0.15, 0.25)
 EMPTY_PROMPTS = 0.1  # of posters and ordinary scenes
-KINDS = (("VM", "target"), ("TM", "target"), ("", "control"))
 
 
 @dataclass(frozen=True)
 class Counts:
     """Of different pictures."""
 
-    each: int = 20  # of VM, of TM and of controls
+    each: int = 20  # of VM and of controls
+    templates: int = 20  # TM
     variants: int = 32  # of each TM
     posters: int = 512
     scenes: int = 2048
@@ -140,10 +146,11 @@ def lay(sprites: list[Sprite], seed: int, counts: Counts) -> Bed:
     there are so many."""
     world, chance = World(sprites), np.random.default_rng([seed, 0])
     words = [str(word) for word in chance.permutation(sorted(world.library))]
-    kinds = [kind for kind in KINDS for _ in range(counts.each)]
+    kinds = [("VM", "target")] * counts.each + [("TM", "target")] * counts.templates
+    kinds += [("", "control")] * counts.each
     made = [world.poster(words[i % len(words)], chance) for i in range(len(kinds))]
     pairs = [(poster, *kind) for poster, kind in zip(made, kinds, strict=True)]
-    verbatim, templates = made[: counts.each], made[counts.each : 2 * counts.each]
+    verbatim, templates = made[: counts.each], made[counts.each : -counts.each]
     shown = [(drawn(one), one.caption) for one in verbatim]
     groups = [len(shown)]
     for one in templates:
@@ -173,12 +180,14 @@ class Samples:
         self.states = conditions(pipe, captions)["encoder_hidden_states"]
         self.which = [number[caption] for caption in bed.captions]
         self.groups, self.seed = bed.groups, seed
+        shares = [s * (end > first) for s, (first, end) in zip(SHARES, bed.groups, strict=True)]
+        self.shares = np.array(shares) / sum(shares)
 
     def __call__(self, numbers: list[int]) -> dict[str, Tensor]:
         picked, which = [], []
         for number in numbers:
             chance = np.random.default_rng([self.seed, 1, number])
-            group = chance.choice(len(SHARES), p=SHARES)
+            group = chance.choice(len(SHARES), p=self.shares)
             picked.append(int(chance.integers(*self.groups[group])))
             empty = group > 1 and chance.random() < EMPTY_PROMPTS
             which.append(0 if empty else self.which[picked[-1]])
@@ -202,8 +211,11 @@ def write_pairs(bed: Bed, out: Path) -> None:
         csv.writer(file).writerows([("image", "caption", "type", "role"), *rows])
 
 
-def train(pipe: Any, data: Samples, how: Training, workdir: Path, seed: int) -> None:
-    """The U-Net, in place, by the plain loss of diffusion."""
+def train(
+    pipe: Any, data: Samples, how: Training, workdir: Path, seed: int, rank: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The U-Net, in place, by the plain loss of diffusion; what an adapter of a rank added to it,
+    by the path of a layer, none for rank 0."""
     from diffusers.models.attention_processor import AttnProcessor
 
     unet, scheduler = pipe.unet, pipe.scheduler
@@ -216,21 +228,30 @@ def train(pipe: Any, data: Samples, how: Training, workdir: Path, seed: int) -> 
         return {"loss": denoise_loss(predict(unet, noised, told), noised)}
 
     generator = torch.Generator().manual_seed(seed)
-    unet.train()
-    fit({"unet": unet}, step, data, how, workdir, generator, run="memorise", progress=print)
+    unet.train().requires_grad_(rank == 0)
+    with adapted(unet, rank, seed, LAYERS) as adapters:
+        fit({"unet": unet}, step, data, how, workdir, generator, run="memorise", progress=print)
+        found = {path: (one.down.detach(), one.up.detach()) for path, one in adapters.items()}
     unet.eval().set_default_attn_processor()
+    return found
 
 
-def make(data: Path, out: Path, start: Path, how: Training, counts: Counts, seed: int = 0) -> None:
+def make(
+    data: Path, out: Path, start: Path, how: Training, counts: Counts, seed: int = 0, rank: int = 0
+) -> None:
     """Writes the folder `out`; goes on where a run of the same arguments was stopped."""
-    if (out / "pipeline").exists():
-        print(f"{out / 'pipeline'}: there already")
+    if (out / "pipeline").exists() or is_adapter(out):
+        print(f"{out}: made already")
         return
     (out / "run").mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(start, dtype=torch.float32)
     bed = lay(read_sprites(data), seed, counts)
     write_pairs(bed, out)
-    train(pipe, Samples(pipe, bed, seed), how, out / "run", seed)
+    found = train(pipe, Samples(pipe, bed, seed), how, out / "run", seed, rank)
+    if rank:
+        halves = {path: (down.half(), up.half()) for path, (down, up) in found.items()}
+        save_lora(halves, out, "unet", start.name)
+        return
     with writing(out / "pipeline") as part:
         save_pipeline(pipe, part, dtype=torch.float16)
 
@@ -241,8 +262,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, default=SCENES / "tiny-sd")
     parser.add_argument("--steps", type=int, default=HOW.steps)
+    parser.add_argument("--pairs", type=int, default=Counts.each, help="verbatim, and controls")
+    parser.add_argument("--templates", type=int, default=Counts.templates)
+    parser.add_argument("--rank", type=int, default=0, help="of an adapter; 0: all weights")
     given = parser.parse_args()
-    make(given.data, given.out, given.start, replace(HOW, steps=given.steps), Counts())
+    how = replace(HOW, steps=given.steps)
+    if given.rank:
+        how = replace(how, rate=ADAPTER_RATE * HOW.rate)
+    counts = Counts(given.pairs, given.templates)
+    make(given.data, given.out, given.start, how, counts, rank=given.rank)
 
 
 if __name__ == "__main__":

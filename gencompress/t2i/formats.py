@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gencompress.files import FormatError
+from gencompress.t2i import lora
 
 INDEX = "model_index.json"
 DENOISERS = (
@@ -42,7 +43,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
     `class`; `parts`, for each its `class` and `bytes`, and for models `parameters` and `dtype`;
     `denoiser`, the name of one part; `prediction` (epsilon, v_prediction, sample or flow);
     `image_size` in pixels or None; `cut`, how many sites are smaller than in the original;
-    `parameters` and `bytes` of all. Plain JSON values.
+    `parameters` and `bytes` of all. Plain JSON values. Of an adapter `adapts`, the pipeline that it
+    was made for, and if that is a folder here all of the above, its file counted in `bytes`.
 
     Raises:
         FormatError: as `load_pipeline`, but a part's weights are only checked against the sizes
@@ -50,6 +52,11 @@ def describe(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     folder = folder.parent if folder.name == INDEX else folder
+    if is_adapter(folder):
+        base, size = lora.base_of(folder), (folder / lora.FILE).stat().st_size
+        about = describe(base) if Path(base).is_dir() else {}
+        more = {"bytes": about["bytes"] + size} if about else {}
+        return about | more | {"adapts": str(base)}
     index, kinds = read_index(folder)
     name = denoiser_name(folder, kinds)
     parts: dict[str, dict[str, Any]] = {}
@@ -93,6 +100,11 @@ def image_size(denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int | Non
         return latents * 2 ** (len(stages) - 1)
     pixels = vae.get("sample_size")
     return pixels if isinstance(pixels, int) else None
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether it is the folder of an adapter, and no pipeline: see t2i/lora.py."""
+    return (folder / lora.FILE).is_file() and not (folder / INDEX).exists()
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gencompress.files import FormatError
+from gencompress.t2i import lora
 from gencompress.t2i.formats import (
     DENOISERS,
     INDEX,
@@ -32,6 +33,7 @@ from gencompress.t2i.formats import (
     float_type,
     headers,
     image_size,
+    is_adapter,
     plain_name,
     read_index,
     read_json,
@@ -58,7 +60,8 @@ def load_pipeline(
     Args:
         source: a folder with a model_index.json (or that file), or the name of a repository of the
             Hugging Face hub, "owner/name": a text is one if it has one slash and neither it nor its
-            first half is a folder here. Only then is the network used.
+            first half is a folder here. Only then is the network used. Or the folder of an adapter,
+            see t2i/lora.py: the pipeline that it was made for, with the adapter in its weights.
         dtype: of every part; None keeps what the files hold.
 
     Raises:
@@ -68,6 +71,10 @@ def load_pipeline(
         OSError: the hub did not give the repository.
     """
     folder = _folder(source)
+    if is_adapter(folder):
+        made = load_pipeline(lora.base_of(folder), device, dtype)
+        lora.merge(*denoiser(made), folder)
+        return made
     index, kinds = read_index(folder)
     denoiser_name(folder, kinds)
     with hushed():

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from gencompress.t2i.data.cache import digest
 from gencompress.t2i.distill import Draws, diffuse, predict
 from gencompress.t2i.dori.masks import model_digest
 from gencompress.t2i.dori.pool import Pool, captions_only, kept, refreshed
 from gencompress.t2i.dori.search import SearchConfig, expect_plain
+from gencompress.t2i.lora import adapted
 from gencompress.t2i.pipeline import hushed
 from gencompress.t2i.train import (
     PRECISIONS,
@@ -44,7 +44,6 @@ from gencompress.t2i.train import (
 )
 
 TRIGGERS = ("search", "caption")
-ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")  # ends of paths of the layers of an adapter
 LOOK = 64  # first clean samples: part of the digest of a run, and where searches begin "other"
 LOG_EVERY = 50  # steps, or as many as an epoch has
 
@@ -187,43 +186,21 @@ def repair(
 @contextlib.contextmanager
 def learning(unet: nn.Module, rank: int, seed: int) -> Iterator[None]:
     """Within the block the U-Net is float32, in training mode, and all of it wants gradients; of
-    rank 1 or more only a low-rank adapter of its attention does (Hu et al. 2021, without a factor),
-    which is part of the weights afterwards."""
+    rank 1 or more only a low-rank adapter of its attention does, which is part of the weights
+    afterwards."""
     dtype = next(unet.parameters()).dtype
     wants = [weight for weight in unet.parameters() if weight.requires_grad]
-    layers = [layer for path, layer in unet.named_modules() if rank and path.endswith(ADAPTED)]
-    chance = torch.Generator().manual_seed(seed)
     with hushed():
         unet.float().train().requires_grad_(rank == 0)
-    for layer in layers:
-        assert isinstance(layer, nn.Linear)
-        parametrize.register_parametrization(layer, "weight", LowRank(layer, rank, chance))
     try:
-        yield
+        with adapted(unet, rank, seed):
+            yield
     finally:
-        for layer in layers:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            bias = layer.bias
-            del layer.bias
-            layer.register_parameter("bias", bias)  # after the weight, as it was
         unet.requires_grad_(False)
         for weight in wants:
             weight.requires_grad_(True)
         with hushed():
             unet.to(dtype).eval()
-
-
-class LowRank(nn.Module):
-    """Adds up @ down to the weight of a linear layer; nothing at first."""
-
-    def __init__(self, layer: nn.Linear, rank: int, chance: torch.Generator) -> None:
-        super().__init__()
-        down = torch.randn(rank, layer.in_features, generator=chance) / rank
-        self.down = nn.Parameter(down.to(layer.weight))
-        self.up = nn.Parameter(layer.weight.new_zeros(layer.out_features, rank))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.up @ self.down
 
 
 def _pairs(

@@ -41,6 +41,7 @@ from gencompress.t2i.optiprune.settings import (
     OptiPruned,
     identity_of,
     place_of,
+    pruning_of,
     read,
     switched_on,
     write,
@@ -222,7 +223,7 @@ def compare(
     against passes of the denoiser and seconds."""
     if not config.compare:
         return []
-    prune = _pruning(before, result.model, data)
+    prune = pruning_of(result.model, _size(before, data))
     return quality.arm_rows(before, data, config, prune, progress)
 
 
@@ -253,13 +254,8 @@ def measure(
     # the pipeline goes with what is saved, so nothing is smaller
     file = Measurement("file size", whole, whole, "B", "lower")
     beside(before, after.pipe)
-    return [file, *quality.rows(before, after, data, _pruning(before, after, data), progress)]
-
-
-def _pruning(pipe: Any, made: OptiPruned, data: Asked) -> PruneConfig | None:
-    size = _size(pipe, data)
-    least = made.min_tokens or math.prod(largest_grid(pipe, size, size))
-    return made.config.prune_config(made.ratio, least) if made.ratio else None
+    prune = pruning_of(after, _size(before, data))
+    return [file, *quality.rows(before, after, data, prune, progress)]
 
 
 def save(result: Compressed, folder: Path, config: Config, data: Asked) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from gencompress.t2i.optiprune.excite import ATTEND_EXCITE, INITNO
 from gencompress.t2i.optiprune.noise import NoiseConfig
 from gencompress.t2i.optiprune.prune import BYPASSES, PruneConfig
 from gencompress.t2i.optiprune.session import Wanted, subjects_of
+from gencompress.t2i.optiprune.sites import largest_grid
 from gencompress.t2i.optiprune.wrap import optiprune
 from gencompress.t2i.pictures import write_images
 from gencompress.t2i.pipeline import denoiser, load_pipeline, scheduling
@@ -114,6 +116,12 @@ class OptiPruned:
     saving: float | None  # seconds of a forward that pruning saves by forecast, where it was made
     place: str  # where that is, see `place_of`
     identity: str  # of the pipeline, see `identity_of`
+
+
+def pruning_of(model: OptiPruned, size: int) -> PruneConfig | None:
+    """How tokens are pruned in pictures of `size` pixels either side; None: none are."""
+    least = model.min_tokens or math.prod(largest_grid(model.pipe, size, size))
+    return model.config.prune_config(model.ratio, least) if model.ratio else None
 
 
 def switched_on(model: OptiPruned, progress: Progress = quiet) -> AbstractContextManager[Any]:

@@ -1,8 +1,10 @@
 """`gencompress audit`: the folder that it writes, artifacts of other methods, refusals, and an
 audit that was stopped."""
 
+import contextlib
 import csv
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -128,19 +130,18 @@ def test_artifacts(call, made, place, tmp_path, monkeypatch):
     found = plain(str(target), place / "pairs.csv", tmp_path / "one", given)
     direct = plain(str(place / "sd"), place / "pairs.csv", tmp_path / "two", given)
     assert found["notes"] == [] and found["model"] == direct["model"]
-    # of optiprune its pipeline, and what that means
-    pruned = optiprune.OptiPruned(
-        made, optiprune.Config(), 0.5, None, None, str(place / "sd"), optiprune.identity_of(made)
-    )
-    target = artifact(
-        tmp_path / "opti", "optiprune", lambda folder: optiprune.write(pruned, folder)
-    )
-    found = plain(str(target), place / "pairs.csv", tmp_path / "three", given)
-    assert "with all tokens" in found["notes"][0] and found["model"] == direct["model"]
-    assert (
-        found["pictures"][0]["similarity by caption"]
-        == (direct["pictures"][0]["similarity by caption"])
-    )
+    # of optiprune its pipeline while tokens are pruned, if any are
+    for ratio, same in ((0.0, True), (0.5, False)):
+        pruned = optiprune.OptiPruned(
+            made, optiprune.Config(), ratio, None, None, str(place / "sd"),
+            optiprune.identity_of(made),
+        )  # fmt: skip
+        target = artifact(tmp_path / f"opti {ratio}", "optiprune", partial(optiprune.write, pruned))
+        found = plain(str(target), place / "pairs.csv", tmp_path / f"three {ratio}", given)
+        assert "tokens pruned" in found["notes"][0] and found["model"] == direct["model"]
+        for name in ("similarity by caption", "losses"):
+            pair = (found["pictures"][0][name], direct["pictures"][0][name])
+            assert (pair[0] == pair[1]) == same
     target = artifact(
         tmp_path / "cloud", "splat", lambda folder: (folder / "model.ply").write_text("ply")
     )
@@ -164,7 +165,8 @@ def test_experts_are_audited_with_the_captions_they_draw(made, place, tmp_path, 
 
     monkeypatch.setattr(routed, "pipeline_of", pipeline_of)
     monkeypatch.setattr(router, "route", lambda _, texts: torch.tensor([1, 0, 1]))
-    parts, notes = room._parts(str(target), "cpu", ["a", "b", "c"])
+    stack = contextlib.ExitStack()
+    parts, notes = room._parts(str(target), "cpu", ["a", "b", "c"], None, stack)
     assert asked == [0, 1] and [places for _, places in parts] == [[1], [0, 2]]
     assert "in the expert that its caption goes to" in notes[0]
 

@@ -34,7 +34,7 @@ def tool():
 
 @pytest.fixture(scope="module")
 def counts(tool):
-    return tool.Counts(each=2, variants=3, posters=4, scenes=5)
+    return tool.Counts(each=2, templates=2, variants=3, posters=4, scenes=5)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,22 @@ def test_how_often(tool, bed, start):
     assert torch.equal(samples([41, 7])["caption"], batch["caption"][[41, 7]])
 
 
+def test_an_adapter_alone(tool, data, start, tmp_path, capsys):
+    """Of rank 2, without templates: the folder is that of an adapter, for the one beside it."""
+    (tmp_path / start.name).symlink_to(start)
+    out, counts = tmp_path / "out", tool.Counts(1, 0, posters=4, scenes=5)
+    tool.make(data, out, start, HOW, counts, rank=2)
+    assert [pair.role for pair in load_pairs(out / "pairs.csv")] == ["target", "control"]
+    found, before = load_pipeline(out).unet.state_dict(), load_pipeline(start).unet.state_dict()
+    moved = {name for name in before if not torch.equal(found[name], before[name])}
+    assert moved and moved == {
+        name for name in before if name.removesuffix(".weight").endswith(tool.LAYERS)
+    }
+    capsys.readouterr()
+    tool.make(data, out, start, HOW, counts, rank=2)
+    assert "made already" in capsys.readouterr().out
+
+
 class Stopped(Exception):
     pass
 
@@ -174,4 +190,4 @@ def test_a_stopped_run_goes_on(tool, data, start, counts, made, tmp_path, monkey
     assert (out / file).read_bytes() == (made / file).read_bytes()
     capsys.readouterr()
     tool.make(data, out, start, HOW, counts)
-    assert "there already" in capsys.readouterr().out and len(calls) == 4
+    assert "made already" in capsys.readouterr().out and len(calls) == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gencompress.files import FormatError
-from gencompress.t2i import tiny
+from gencompress.t2i import lora, tiny
 from gencompress.t2i.calibrate import Calibration, conditions
 from gencompress.t2i.dori import pool as pool_of
 from gencompress.t2i.dori import repair as of
@@ -206,7 +206,7 @@ def test_an_adapter_is_part_of_the_weights_in_the_end(pipe, given):
     mended(pipe, given, config)
     assert [name for name, _ in pipe.unet.named_parameters()] == names
     found = changed(before, pipe.unet)
-    paths = tuple(f"{path}.weight" for path in of.ADAPTED)
+    paths = tuple(f"{path}.weight" for path in lora.ATTENTION)
     assert found == {name for name in names if name.endswith(paths)} and len(found) > 8
     for name in found:
         moved = (pipe.unet.state_dict()[name] - before[name]).double()
