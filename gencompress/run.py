@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ from gencompress.artifact import (
     write_artifact,
 )
 from gencompress.core.budget import parse_budget
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import locked, sweep, writing
 from gencompress.measure import Measurement
 from gencompress.recipe import Recipe, RecipeError, config_from, from_dict
@@ -60,12 +61,6 @@ WORK = ".{}.work"  # beside the output: what resuming needs while a run is not f
 
 _VERBS = {"compress": "", "fit": "fit "}
 _NOUNS = {"compress": "compression", "fit": "fitting"}
-
-Progress = Callable[[str], None]
-
-
-def quiet(text: str) -> None:
-    """Progress nobody reads."""
 
 
 def check_method(name: str, verb: str = "compress") -> None:

@@ -37,6 +37,7 @@ FOLDERS = {
     "pipeline": "model_index.json",
     "adapter": "pytorch_lora_weights.safetensors",
     "judges": "detector/config.json",
+    "router": "router.json",
 }
 COMPANIONS = ("views", "prompts", "judges", "pairs")
 _PLACES = (Path(__file__).parent / "_scenes", Path(__file__).parents[1] / "scenes")

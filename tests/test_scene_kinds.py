@@ -24,6 +24,12 @@ def places(tmp_path, monkeypatch):
         ("photos", 'kind = "capture"\n', "transforms.json"),
         ("hull", 'kind = "mesh"\nfile = "x.ply"\nviews = "photos"\ntruth = "t.ply"\n', "x.ply"),
         ("plain", 'file = "x.ply"\n', "x.ply"),
+        (
+            "tuned",
+            'kind = "adapter"\nprompts = "cut"\njudges = "eyes"\npairs = "p.csv"\n',
+            "pytorch_lora_weights.safetensors",
+        ),
+        ("way", 'kind = "router"\n', "router.json"),
     ):
         path = place / name / file
         path.parent.mkdir(parents=True)
@@ -31,13 +37,14 @@ def places(tmp_path, monkeypatch):
         (place / name / "scene.toml").write_text(text)
     (place / "cut" / "prompts.txt").write_text("a car\n")
     (place / "hull" / "t.ply").write_text("")
+    (place / "tuned" / "p.csv").write_text("")
     monkeypatch.setattr(scenes, "_PLACES", (place,))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return place
 
 
-@pytest.mark.parametrize("name", ["cut", "eyes", "photos"])
+@pytest.mark.parametrize("name", ["cut", "eyes", "photos", "tuned", "way"])
 def test_a_folder_stands_for_itself(places, name):
     for target in (name, f"scenes/{name}", places / name):
         assert scenes.resolve(target) == places / name
@@ -45,7 +52,7 @@ def test_a_folder_stands_for_itself(places, name):
 
 
 def test_other_kinds_are_files(places):
-    assert scenes.names() == ["cut", "eyes", "hull", "photos", "plain"]
+    assert scenes.names() == ["cut", "eyes", "hull", "photos", "plain", "tuned", "way"]
     assert scenes.resolve("hull") == places / "hull" / "x.ply"
     assert scenes.resolve("plain") == places / "plain" / "x.ply"
 
@@ -71,6 +78,10 @@ def test_what_a_scene_brings(places, form):
     }
     hull = {"views": str(places / "photos"), "truth": str(places / "hull" / "t.ply")}
     assert scenes.companions(form.format("hull")) == hull
+    # what another scene has by that name, if it has it
+    assert scenes.companions(form.format("tuned")) == found | {
+        "pairs": str(places / "tuned" / "p.csv")
+    }
     for name in ("eyes", "photos", "plain"):
         assert scenes.companions(form.format(name)) == {}
 

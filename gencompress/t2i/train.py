@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import sweep
 from gencompress.t2i.checkpoint import AVERAGE, MODEL, Log, State, resume, save
 from gencompress.t2i.distill import Draws, draws, seeds
@@ -29,7 +30,6 @@ from gencompress.t2i.optimizer import OPTIMIZERS, Weights, kept_moments, optimiz
 from gencompress.t2i.shard import asked, clipped, gathered, is_sharded, sharded
 from gencompress.t2i.weights import EMA, Masters, trained
 
-Progress = Callable[[str], None]
 Batch = dict[str, Tensor]
 # samples by index, or an endless stream: called with the numbers of the samples of a batch
 Data = Sequence[Batch] | Callable[[list[int]], Batch]
@@ -38,10 +38,6 @@ Step = Callable[[int, Batch, Draws], Mapping[str, Tensor]]
 FILE = "checkpoint.safetensors"
 PRECISIONS = ("no", "bf16", "pure-bf16")
 SAVING = 0.05  # of the time, most that timed checkpoints take
-
-
-def quiet(text: str) -> None:
-    """Progress nobody reads."""
 
 
 @dataclass(frozen=True)

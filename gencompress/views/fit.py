@@ -19,9 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import FormatError, save_tensors, sweep, writing
 
-Progress = Callable[[str], None]
 Log = list[dict[str, Any]]
 Advance = Callable[[int, torch.Generator, Log], dict[str, float]]
 Window = dict[str, list[float]]  # name of a loss: [sum, count] since the last row of the log
@@ -29,10 +29,6 @@ Window = dict[str, list[float]]  # name of a loss: [sum, count] since the last r
 STATE = "state/"  # before the names of the caller's tensors in the file
 GENERATOR = "generator"
 ABOUT = "fit"  # the key of the metadata: JSON of step, fingerprint, log, window
-
-
-def quiet(text: str) -> None:
-    """Progress nobody reads."""
 
 
 @dataclass(frozen=True)
