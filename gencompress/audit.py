@@ -14,10 +14,11 @@ from typing import Any
 
 from gencompress import __version__
 from gencompress.artifact import read_artifact
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import FormatError, locked, sweep, writing
 from gencompress.recipe import config_from
 from gencompress.report.audit import audit_html, audit_markdown
-from gencompress.run import METHODS, WORK, Progress, method, quiet
+from gencompress.run import METHODS, WORK, method
 from gencompress.scenes import located, resolve
 
 SCHEMA = 1  # of audit.json; grows when a field changes its meaning or goes away

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gencompress.artifact import is_made
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import FormatError, writing
 from gencompress.recipe import (
     Recipe,
@@ -33,7 +34,7 @@ from gencompress.recipe import (
     to_dict,
 )
 from gencompress.report import write_report
-from gencompress.run import Progress, check_method, quiet, run
+from gencompress.run import check_method, run
 
 SUMMARY = "batch.json"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")

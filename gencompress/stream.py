@@ -6,8 +6,9 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.recipe import Recipe, RecipeError
-from gencompress.run import Progress, check_method, quiet
+from gencompress.run import check_method
 from gencompress.scenes import resolve
 
 STREAMS = {"splat": "gencompress.splat.stream"}

@@ -15,6 +15,7 @@ import torch
 
 from gencompress.core.allocate import Budget
 from gencompress.core.mask import Compressed
+from gencompress.core.progress import Progress, quiet
 from gencompress.measure import Measurement
 from gencompress.mesh import quality
 from gencompress.mesh.config import Config as Pruning
@@ -27,7 +28,7 @@ from gencompress.mesh.refine import PRUNED, Settings, refine
 from gencompress.mesh.score import iou, workplace
 from gencompress.mesh.shapes import MOST_LEVEL, hull_about, sphere_about
 from gencompress.mesh.surface import TriMesh
-from gencompress.views.fit import Checkpoint, Progress, quiet
+from gencompress.views.fit import Checkpoint
 
 __all__ = [
     "Config", "compare", "compress", "load", "measure", "predict", "preview", "restore", "sample",

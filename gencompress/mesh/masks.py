@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import FormatError, read_arrays
-from gencompress.views.fit import Progress, quiet
 from gencompress.views.images import unit
 from gencompress.views.loaders import load_split
 from gencompress.views.photos import Photo, load_photos

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gencompress.core.allocate import ROUNDING, Budget
 from gencompress.core.mask import Compressed, Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Scores, Slice, Units
 from gencompress.files import FormatError
 from gencompress.measure import Measurement
@@ -32,7 +33,6 @@ from gencompress.mesh.masks import MaskViews, load_masks, resized, subset
 from gencompress.mesh.prune import State, hidden, prune, without_hidden
 from gencompress.mesh.score import Work, badness, iou, limit, shown, workplace
 from gencompress.mesh.surface import TriMesh, face_areas, merge_near, take
-from gencompress.views.fit import Progress, quiet
 
 AGREE = 0.2  # IoU below which camera and mask seem to be of different scenes
 COVERED = 0.5  # share of the masks that a filled-in mesh covers at the least

@@ -10,6 +10,7 @@ import torch
 from gencompress_kernels.rasterize_triangles import visible
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.mesh.cleanup import Rules, clean
 from gencompress.mesh.config import Config
 from gencompress.mesh.masks import placed, seen_at
@@ -17,7 +18,6 @@ from gencompress.mesh.score import Work, badness, iou, limit, shown
 from gencompress.mesh.subdivide import subdivide
 from gencompress.mesh.surface import TriMesh, face_areas, take
 from gencompress.mesh.topology import components
-from gencompress.views.fit import Progress, quiet
 
 HALVINGS = 5  # of the faces to remove, before a round is given up
 RESTORES = 4  # times that faces which open the masks are looked for among those to remove

@@ -20,11 +20,12 @@ from gencompress_kernels.rasterize_triangles import silhouettes
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.mesh.cleanup import boundary_loss
 from gencompress.mesh.masks import MaskViews, resized
 from gencompress.mesh.surface import TriMesh, face_normals
 from gencompress.mesh.topology import as_array, boundary_neighbours, edge_table, half_edges
-from gencompress.views.fit import Checkpoint, Log, Progress, fit, quiet, view_order
+from gencompress.views.fit import Checkpoint, Log, fit, view_order
 
 BETAS = (0.9, 0.999)  # of the moments, as Nicolet et al. have them
 SETTLING = 0.3  # the share of the steps in which the rate falls

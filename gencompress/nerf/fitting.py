@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gencompress.core.allocate import Budget
 from gencompress.core.mask import Compressed, Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.measure import Measurement
 from gencompress.nerf import pictures, quality
 from gencompress.nerf.config import GROUP, SUFFIX, Config, Data, training
@@ -30,7 +31,7 @@ from gencompress.nerf.storage import sizes, trimmed
 from gencompress.nerf.train import Training, train
 from gencompress.views.bounds import inside, scene_box
 from gencompress.views.camera import Camera
-from gencompress.views.fit import Checkpoint, Log, Progress, quiet
+from gencompress.views.fit import Checkpoint, Log
 from gencompress.views.loaders import Points, load_points
 from gencompress.views.rays import Shots, load_shots_split, picture
 

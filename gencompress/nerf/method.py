@@ -19,6 +19,7 @@ import torch
 
 from gencompress.core.allocate import Budget, top
 from gencompress.core.mask import Compressed, Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Scores, Units
 from gencompress.nerf import config as settings
 from gencompress.nerf.config import GROUP, Data, training
@@ -44,7 +45,6 @@ from gencompress.nerf.quality import is_blank, size_point
 from gencompress.nerf.score import BASELINES, scores
 from gencompress.nerf.shrink import with_cells
 from gencompress.nerf.train import train
-from gencompress.views.fit import Progress, quiet
 
 __all__ = [
     "Config", "apply", "compact", "compare", "compress", "load", "measure", "predict", "preview",

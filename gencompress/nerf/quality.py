@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.measure import Measurement
 from gencompress.measure.image import lpips, lpips_why_not, psnr, ssim
 from gencompress.measure.speed import time_call
@@ -15,7 +16,6 @@ from gencompress.nerf.field import TABLE_RANGE, Field
 from gencompress.nerf.render import render
 from gencompress.nerf.storage import sizes
 from gencompress.views.camera import Camera
-from gencompress.views.fit import Progress, quiet
 from gencompress.views.rays import Shots, over, picture
 
 IDENTICAL = 100.0  # dB; what identical pictures count as in a mean

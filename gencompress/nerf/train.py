@@ -16,11 +16,12 @@ from gencompress_kernels.composite import composite, transmittance
 from torch import Tensor
 
 from gencompress.core import admm
+from gencompress.core.progress import Progress, quiet
 from gencompress.nerf import decode, occupancy
 from gencompress.nerf.field import Field, encode, harmonics
 from gencompress.nerf.render import MOST, STOP, density_of, march, repacked
 from gencompress.nerf.storage import cells_above, covered, rounded
-from gencompress.views.fit import Checkpoint, Log, Progress, fit, quiet
+from gencompress.views.fit import Checkpoint, Log, fit
 from gencompress.views.rays import Shots, over, shot_rays
 
 BETAS, EPS = (0.9, 0.99), 1e-15

@@ -16,6 +16,7 @@ import torch
 
 from gencompress.core.allocate import Budget
 from gencompress.core.mask import Compressed
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import FormatError
 from gencompress.measure import Measurement
 from gencompress.splat import quality
@@ -29,7 +30,7 @@ from gencompress.splat.score import look
 from gencompress.splat.state import start, to_cloud
 from gencompress.splat.train import Training, from_photo, train
 from gencompress.views.bounds import focus
-from gencompress.views.fit import Checkpoint, Progress, quiet
+from gencompress.views.fit import Checkpoint
 from gencompress.views.loaders import load_points
 from gencompress.views.photos import Photo, load_capture
 

@@ -18,6 +18,7 @@ import torch
 
 from gencompress.core.allocate import Budget, top
 from gencompress.core.mask import Compressed, Mask, cut
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Scores, Slice, Units
 from gencompress.files import FormatError
 from gencompress.measure import Measurement
@@ -32,7 +33,6 @@ from gencompress.splat.score import FROM_CLOUD, scores
 from gencompress.splat.size import allowed, bytes_limit, count_within
 from gencompress.splat.train import Training, from_cloud, from_photo
 from gencompress.views.camera import Camera
-from gencompress.views.fit import Progress, quiet
 from gencompress.views.loaders import load_views
 from gencompress.views.photos import load_photos
 from gencompress.views.rig import rig_apart, scene_rig, split_rig

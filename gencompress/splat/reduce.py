@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gencompress.core.allocate import top
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.schedule import cubic
 from gencompress.core.units import Scores
 from gencompress.splat import quality
@@ -23,7 +24,7 @@ from gencompress.splat.merge import Simplified, simplify, start
 from gencompress.splat.score import SCORES, scores
 from gencompress.splat.train import Target, Training, finetune
 from gencompress.views.camera import Camera
-from gencompress.views.fit import Checkpoint, Progress, quiet
+from gencompress.views.fit import Checkpoint
 
 TUNE_EVERY = 200  # steps between checkpoints: some 20 s for 50,000 splats; taste
 

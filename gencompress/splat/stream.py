@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from gencompress.core.allocate import Budget, top
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.score import opacity_volume
 from gencompress.files import FormatError, writing
 from gencompress.splat.config import GROUP
 from gencompress.splat.size import allowed
-from gencompress.views.fit import Progress, quiet
 from gencompress.views.ply_header import Header, binary_offset, read_header, row_dtype
 
 from .formats import compressed_ply, ply

@@ -19,13 +19,14 @@ from gencompress_kernels.rasterize_surfels import rasterize_surfels
 from gencompress_kernels.ssim import ssim
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.splat.cloud import SplatCloud
 from gencompress.splat.density import Policy, after_step
 from gencompress.splat.render import lens, render
 from gencompress.splat.score import look
 from gencompress.splat.state import State, start, to_cloud
 from gencompress.views.camera import Camera
-from gencompress.views.fit import Checkpoint, Log, Progress, fit, quiet, view_order
+from gencompress.views.fit import Checkpoint, Log, fit, view_order
 from gencompress.views.images import unit
 from gencompress.views.photos import Photo
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import save_tensors, writing
 from gencompress.t2i.data.cache import digest, encode_images
 from gencompress.t2i.distill import Draws, Noised, diffuse, draws, flow, seeds, shift_of
@@ -23,7 +24,7 @@ from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.pipeline import denoiser, encode_prompts, scheduling, with_parts
 from gencompress.t2i.sample import called, default_size
 from gencompress.t2i.tiny import flux_ids, packed
-from gencompress.t2i.train import Progress, quiet, sample_order
+from gencompress.t2i.train import sample_order
 
 KINDS = ("sampled", "pictures")
 OWN_SEEDS = 10**6  # from which sampled latents start: far from those of pictures that measure

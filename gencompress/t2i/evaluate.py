@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.measure import Measurement
 from gencompress.measure.agreement import all_found, clip_scores, same_seed_distances, unit
 from gencompress.measure.encoders import Encoder, encode_images, encode_texts
@@ -33,7 +34,6 @@ from gencompress.measure.generative import (
 )
 from gencompress.measure.image import WINDOW, psnr, ssim
 from gencompress.t2i.sample import sample
-from gencompress.t2i.train import Progress, quiet
 
 IDENTICAL = 100.0  # dB; what identical pictures count as in a mean
 SEED = 0  # of the resampling: the same pictures give the same rows

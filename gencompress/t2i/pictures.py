@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.evaluate import EvaluationSet, make_images
 from gencompress.t2i.pipeline import load_pipeline
 from gencompress.t2i.sample import grid, sample
-from gencompress.t2i.train import Progress, quiet
 
 # of a preview; three pictures of a sheet side by side are as wide as half a page, so their captions
 # can be read there

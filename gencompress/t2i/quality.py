@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.measure import Measurement, macs
 from gencompress.measure.cost import cost_rows, peak_memory
 from gencompress.measure.speed import time_call
@@ -17,7 +18,6 @@ from gencompress.t2i.evaluate import compare_images, make_images
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.pipeline import denoiser, hushed, sequence_length, token_limits
 from gencompress.t2i.tiny import flux_ids
-from gencompress.t2i.train import Progress, quiet
 
 FORWARDS = 5  # that a time is the median of
 TIMED, COMPARED = 4, 64  # samples of a forward that is timed; latents that answers are compared on

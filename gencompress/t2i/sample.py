@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.pipeline import (
     denoiser,
     hushed,
@@ -21,7 +22,6 @@ from gencompress.t2i.pipeline import (
     token_limits,
     with_parts,
 )
-from gencompress.t2i.train import Progress, quiet
 
 LOGGER = logging.getLogger(__name__)
 UNSEEDED = ("DPMSolverSDEScheduler", "FlowMatchLCMScheduler")  # their noise is from elsewhere

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from gencompress.core import score as core
 from gencompress.core.allocate import proportional
 from gencompress.core.mask import Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.score import Moments
 from gencompress.core.units import Scores, Units
 from gencompress.t2i import coupling
 from gencompress.t2i.calibrate import Batch, counted
 from gencompress.t2i.distill import predict, seeds
-from gencompress.t2i.train import Progress, quiet
 
 FROM_WEIGHTS = ("magnitude", "magnitude-l2", "random")
 FROM_GRADIENTS = ("taylor", "nvit")

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.calibrate import Calibration, conditions_of, noised
 from gencompress.t2i.distill import Draws, Weights, losses, targets
 from gencompress.t2i.hooks import evaluated
 from gencompress.t2i.pipeline import denoiser, hushed
-from gencompress.t2i.train import Log, Progress, Step, Training, fit, quiet
+from gencompress.t2i.train import Log, Step, Training, fit
 
 
 def teach(

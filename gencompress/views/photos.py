@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import FormatError
 from gencompress.views.camera import Camera
-from gencompress.views.fit import Progress, quiet
 from gencompress.views.images import image_size, read_image, unit
 from gencompress.views.loaders import load_split
 from gencompress.views.undistort import pinhole, resample

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.views.camera import Camera, pixel_rays
-from gencompress.views.fit import Progress, quiet
 from gencompress.views.photos import read_masked, require_photos, split_views
 
 

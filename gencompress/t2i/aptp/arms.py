@@ -13,6 +13,7 @@ from torch import Tensor
 from gencompress.core.allocate import zscore_by_cost
 from gencompress.core.budget import Budget
 from gencompress.core.mask import Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.aptp import gates
 from gencompress.t2i.aptp.choose import choose, costs
 from gencompress.t2i.aptp.cost import MacsTable
@@ -29,7 +30,7 @@ from gencompress.t2i.pipeline import denoiser, with_denoiser
 from gencompress.t2i.quality import error_db
 from gencompress.t2i.score import scores
 from gencompress.t2i.teach import teach
-from gencompress.t2i.train import Log, Progress, quiet
+from gencompress.t2i.train import Log
 
 SCORE_BATCHES = 8
 ENCODED = 64  # prompts encoded at once

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gencompress.core.gate import straight_through
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.aptp.architecture import (
     PLAIN,
     Codes,
@@ -38,7 +39,7 @@ from gencompress.t2i.calibrate import Calibration, conditions_of, noised
 from gencompress.t2i.distill import Draws, Weights, losses, targets
 from gencompress.t2i.pipeline import denoiser, hushed
 from gencompress.t2i.teach import block_paths
-from gencompress.t2i.train import Log, Progress, Training, fit, quiet
+from gencompress.t2i.train import Log, Training, fit
 
 EPSILON, ITERATIONS = 0.1, 20  # of the transport, relative to the spread of the similarities
 MOST_STARTS = 4096  # prompts that codes start from

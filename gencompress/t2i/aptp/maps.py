@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.aptp.encoder import encode
 from gencompress.t2i.aptp.routed import Routed, pipeline_of, shares_of
 from gencompress.t2i.aptp.router import Router, compared, route
 from gencompress.t2i.evaluate import EvaluationSet, make_images
 from gencompress.t2i.pictures import write_pair
-from gencompress.t2i.train import Progress, quiet
 
 PER_EXPERT = 3  # pictures: a row of a sheet
 MAPPED = 512  # training prompts on the map

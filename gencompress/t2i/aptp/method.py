@@ -17,6 +17,7 @@ import torch
 
 from gencompress.core.budget import Budget
 from gencompress.core.mask import Compressed, Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Scores, Units
 from gencompress.measure import Measurement
 from gencompress.t2i import coupling
@@ -40,7 +41,6 @@ from gencompress.t2i.loading import pipeline_and_inputs
 from gencompress.t2i.pictures import write_images, write_index
 from gencompress.t2i.pipeline import denoiser, hushed, with_denoiser
 from gencompress.t2i.quality import error_db, forward_inputs, point
-from gencompress.t2i.train import Progress, quiet
 
 
 def load(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.measure import Measurement
 from gencompress.measure.cost import cost_rows, parameters
 from gencompress.measure.speed import time_call
@@ -23,7 +24,6 @@ from gencompress.t2i.formats import stored_type
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.quality import forward_inputs, forward_rows
-from gencompress.t2i.train import Progress, quiet
 
 WORDS, EXAMPLES = 8, 3  # of an expert in the log
 TIMED, ROUNDS = 8, 7  # samples of a forward that is timed; rounds, each of every model once

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import FormatError, save_tensors, writing
 from gencompress.t2i.formats import read_header
 from gencompress.t2i.pipeline import encode_prompts, hushed, token_limits
-from gencompress.t2i.train import Progress, quiet
 
 LOGGER = logging.getLogger(__name__)
 DIGEST = "gencompress.cache"  # the key of the metadata; only a file that has it is ever replaced

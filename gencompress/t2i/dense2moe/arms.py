@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gencompress.core.allocate import within_budget, zscore_by_cost
 from gencompress.core.budget import Budget
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Units
 from gencompress.measure.cost import parameters
 from gencompress.t2i import coupling
@@ -23,7 +24,7 @@ from gencompress.t2i.distill import Weights, predict
 from gencompress.t2i.hooks import record
 from gencompress.t2i.pipeline import denoiser, with_denoiser
 from gencompress.t2i.teach import teach
-from gencompress.t2i.train import Log, Progress, quiet
+from gencompress.t2i.train import Log
 
 LEAST = 1  # neurons that stay in every feed-forward
 

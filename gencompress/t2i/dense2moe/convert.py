@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Scores
 from gencompress.t2i import coupling
 from gencompress.t2i import score as criteria
@@ -20,7 +21,6 @@ from gencompress.t2i.dense2moe import adaln, classes
 from gencompress.t2i.dense2moe.classes import ROUTER_STD, Mixture
 from gencompress.t2i.dense2moe.layout import feed_forwards, kind_of
 from gencompress.t2i.dense2moe.moe import blocks, dense_path, mixtures
-from gencompress.t2i.train import Progress, quiet
 
 # suffixes of the two matrices of a dense FeedForward
 FIRST, SECOND = "net.0.proj", "net.2"

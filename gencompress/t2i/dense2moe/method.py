@@ -16,6 +16,7 @@ import torch
 
 from gencompress.core.budget import Budget
 from gencompress.core.mask import Compressed, Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Scores, Units
 from gencompress.measure import Measurement
 from gencompress.measure.cost import parameters
@@ -43,7 +44,6 @@ from gencompress.t2i.pipeline import (
 )
 from gencompress.t2i.quality import beside, drawing_rows, error_db, point, text_tokens
 from gencompress.t2i.sample import default_size
-from gencompress.t2i.train import Progress, quiet
 
 NEURONS = "experts.safetensors"  # which dense neurons each expert has
 SMALL = 8  # side of a latent where only parameters are counted

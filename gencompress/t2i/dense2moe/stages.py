@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.calibrate import Calibration, conditions_of, noised
 from gencompress.t2i.dense2moe.mob import block_balance_loss, exploring, recording_blocks
 from gencompress.t2i.dense2moe.moe import balance_loss, blocks, mixtures, recording, set_top_k
@@ -22,7 +23,7 @@ from gencompress.t2i.distill import FLOOR, Draws, predict, targets
 from gencompress.t2i.hooks import Streams, record
 from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.teach import block_paths, learn_from
-from gencompress.t2i.train import Log, Progress, Training, quiet
+from gencompress.t2i.train import Log, Training
 
 STAGES = ("shared", "experts", "blocks")
 ROUTED = ("w1", "b1", "w2")  # of a layer, all routed experts together

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import save_tensors, writing
 from gencompress.measure.agreement import copy_similarity
 from gencompress.measure.encoders import Encoder, encode_images
@@ -40,7 +41,6 @@ from gencompress.t2i.dori.search import (
 )
 from gencompress.t2i.pipeline import hushed, scheduling, with_parts
 from gencompress.t2i.sample import default_size, sample
-from gencompress.t2i.train import Progress, quiet
 
 MARKS = (10, 25, 50, 100, 500)  # steps that the rate is reported after, as far as a search goes
 VERDICTS = ("memorised", "hidden", "removed")  # from the worst

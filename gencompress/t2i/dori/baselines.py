@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.calibrate import conditions
 from gencompress.t2i.data.cache import digest
 from gencompress.t2i.distill import Draws, diffuse, predict
 from gencompress.t2i.dori.draw import expect_unet
 from gencompress.t2i.dori.masks import model_digest
 from gencompress.t2i.pipeline import hushed
-from gencompress.t2i.train import Batch, Log, Progress, Training, fit, quiet
+from gencompress.t2i.train import Batch, Log, Training, fit
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.measure.agreement import clip_scores, copy_similarity, unit
 from gencompress.measure.encoders import Encoder, encode_images, encode_texts
 from gencompress.measure.preparation import SSCD_224, SSCD_320
 from gencompress.t2i.calibrate import conditions
 from gencompress.t2i.dori.draw import Clock, Sampling, expect_unet, walk
-from gencompress.t2i.train import Progress, quiet
 
 COPY = 0.7  # of the largest cosine over seeds; sorts NeMo's list of captions into VM and TM
 CONVENTIONS = {"sscd-320": SSCD_320, "sscd-224": SSCD_224}

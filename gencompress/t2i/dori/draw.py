@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.pipeline import denoiser, encode_prompts, hushed, with_parts
 from gencompress.t2i.sample import default_size
-from gencompress.t2i.train import Progress, quiet
 
 NAMES = {"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"}
 

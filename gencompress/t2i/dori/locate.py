@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gencompress.core.mask import Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Scores, Units
 from gencompress.files import FormatError
 from gencompress.t2i.calibrate import conditions
@@ -20,7 +21,6 @@ from gencompress.t2i.dori.draw import expect_unet
 from gencompress.t2i.dori.locality import agreement
 from gencompress.t2i.dori.masks import provenance, read_mask, save_mask, union
 from gencompress.t2i.dori.settings import MASKS, Config, Memories
-from gencompress.t2i.train import Progress, quiet
 
 MOST_COMPARED = 12  # masks, so that their table can be read
 

@@ -21,6 +21,7 @@ import torch
 
 from gencompress.core.budget import Budget
 from gencompress.core.mask import Compressed, Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Scores, Units
 from gencompress.measure import Measurement
 from gencompress.t2i.calibrate import calibrated, image_latents
@@ -41,7 +42,6 @@ from gencompress.t2i.loading import pipeline_and_inputs
 from gencompress.t2i.pictures import write_samples
 from gencompress.t2i.pipeline import hushed, with_denoiser
 from gencompress.t2i.quality import beside
-from gencompress.t2i.train import Progress, quiet
 
 LOGGER = logging.getLogger(__name__)
 PAIRS = "pairs"

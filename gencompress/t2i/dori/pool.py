@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import save_tensors, writing
 from gencompress.t2i.calibrate import Calibration, conditions
 from gencompress.t2i.dori.search import SearchConfig, search, starts
-from gencompress.t2i.train import Batch, Data, Progress, quiet, sample_order
+from gencompress.t2i.train import Batch, Data, sample_order
 
 ABOUT = "gencompress.triggers"  # the key of the metadata of a file: JSON
 # where the searches of a picture begin, in turn; "earlier": its triggers of the epoch before

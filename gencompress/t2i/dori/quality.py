@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.measure import Measurement
 from gencompress.t2i.dori.audit import Audit, Finding, audit, chances
 from gencompress.t2i.dori.detect import median_and_mad
@@ -22,7 +23,6 @@ from gencompress.t2i.dori.summary import level, rate, sheet
 from gencompress.t2i.evaluate import make_images
 from gencompress.t2i.pictures import save_image, shown, write_index, write_pair
 from gencompress.t2i.quality import drawing_rows
-from gencompress.t2i.train import Progress, quiet
 
 SHOWN = 12  # memorised pictures of a preview
 SIDE, MARGIN, CELL, DOT = 560, 26, 30, 4  # pixels

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.data.cache import digest
 from gencompress.t2i.distill import Draws, diffuse, predict
 from gencompress.t2i.dori.masks import model_digest
@@ -30,18 +31,7 @@ from gencompress.t2i.dori.pool import Pool, captions_only, kept, refreshed
 from gencompress.t2i.dori.search import SearchConfig, expect_plain
 from gencompress.t2i.lora import adapted
 from gencompress.t2i.pipeline import hushed
-from gencompress.t2i.train import (
-    PRECISIONS,
-    Batch,
-    Data,
-    Log,
-    Progress,
-    Step,
-    Training,
-    fit,
-    quiet,
-    sample_order,
-)
+from gencompress.t2i.train import PRECISIONS, Batch, Data, Log, Step, Training, fit, sample_order
 
 TRIGGERS = ("search", "caption")
 LOOK = 64  # first clean samples: part of the digest of a run, and where searches begin "other"

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import save_tensors, writing
 from gencompress.t2i.calibrate import conditions
 from gencompress.t2i.data.cache import digest
@@ -30,7 +31,6 @@ from gencompress.t2i.dori.draw import expect_unet
 from gencompress.t2i.dori.masks import model_digest
 from gencompress.t2i.hooks import evaluated, replace
 from gencompress.t2i.pipeline import scheduling
-from gencompress.t2i.train import Progress, quiet
 
 STARTS = ("caption", "normal", "other")
 ABOUT = "gencompress.trigger"  # the key of the metadata of a file: JSON

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.measure.encoders import Encoder
 from gencompress.t2i.calibrate import conditions, image_latents
 from gencompress.t2i.dori.detect import similarities
 from gencompress.t2i.dori.draw import Sampling, draw_states
-from gencompress.t2i.train import Progress, quiet
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,12 +21,12 @@ from gencompress_kernels.wanda_mask import wanda_mask
 from torch import Tensor, nn
 
 from gencompress.core.mask import Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.calibrate import conditions
 from gencompress.t2i.dori.draw import Clock, Sampling, expect_unet, walk
 from gencompress.t2i.dori.masks import union
 from gencompress.t2i.owned import expect_plain
 from gencompress.t2i.pipeline import denoiser, encode_prompts
-from gencompress.t2i.train import Progress, quiet
 
 # how the paths of their layers end; the last is in the text encoders, which run once
 SCOPES = ("ff.net.2", "ff.net.0.proj", "attn2.to_k", "attn2.to_v", "mlp.fc2")

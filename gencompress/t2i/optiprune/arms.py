@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.optiprune.excite import ATTEND_EXCITE, INITNO, Updates, draw
 from gencompress.t2i.optiprune.noise import (
     Mapped,
@@ -39,7 +40,6 @@ from gencompress.t2i.optiprune.session import Passes
 from gencompress.t2i.optiprune.subjects import Subject
 from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.sample import default_size
-from gencompress.t2i.train import Progress, quiet
 
 ARMS = (
     "plain", "excite", "initno", "mapped", "best_of", "simprune", "ours", "sito", "tomesd",

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.optiprune.attention import Grid
 from gencompress.t2i.optiprune.noise import entering, joint_loss, opening, side_by_side
 from gencompress.t2i.optiprune.scores import Judge, Scores, judge
 from gencompress.t2i.optiprune.subjects import Subject
 from gencompress.t2i.pipeline import denoiser, hushed, with_parts
 from gencompress.t2i.sample import call_settings, default_size
-from gencompress.t2i.train import Progress, quiet
 
 DECAY = 0.9  # of the running mean that maps are aligned to (InitNO)
 

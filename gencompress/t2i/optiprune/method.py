@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gencompress.core.budget import Budget
 from gencompress.core.mask import Compressed, Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Scores, Units
 from gencompress.files import FormatError
 from gencompress.measure import Measurement
@@ -53,7 +54,6 @@ from gencompress.t2i.pipeline import denoiser, load_pipeline
 from gencompress.t2i.quality import beside
 from gencompress.t2i.sample import default_size
 from gencompress.t2i.sample import sample as draw_pictures
-from gencompress.t2i.train import Progress, quiet
 
 KNOWN = ("prompts", "judges")
 LOGGER = logging.getLogger(__name__)

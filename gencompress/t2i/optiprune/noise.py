@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.optiprune.attention import Grid
 from gencompress.t2i.optiprune.scores import Judge, Scores, judge
 from gencompress.t2i.optiprune.subjects import Subject
 from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.sample import default_size
 from gencompress.t2i.tiny import packed
-from gencompress.t2i.train import Progress, quiet
 
 BETAS = 0.9, 0.999
 

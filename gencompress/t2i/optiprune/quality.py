@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.measure import Measurement
 from gencompress.measure.agreement import all_found
 from gencompress.measure.encoders import Encoder, encode_images
@@ -28,7 +29,6 @@ from gencompress.t2i.pictures import shown, write_index, write_pair
 from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.quality import forward_rows
 from gencompress.t2i.sample import default_size
-from gencompress.t2i.train import Progress, quiet
 
 
 @dataclass(frozen=True, eq=False)

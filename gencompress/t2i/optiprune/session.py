@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gencompress.core.progress import Progress
 from gencompress.t2i.optiprune.attention import default_grid
 from gencompress.t2i.optiprune.excite import Updates, callback, excite
 from gencompress.t2i.optiprune.noise import (
@@ -29,7 +30,6 @@ from gencompress.t2i.optiprune.subjects import Pieces, Subject, find_subjects
 from gencompress.t2i.pipeline import denoiser, sequence_length
 from gencompress.t2i.sample import default_size
 from gencompress.t2i.tiny import packed
-from gencompress.t2i.train import Progress
 
 LOGGER = logging.getLogger(__name__)
 NEEDED = ("prompt", "latents", "generator", "num_inference_steps", "height", "width")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.files import FormatError
 from gencompress.scenes import located, names, resolve
 from gencompress.t2i.data.cache import digest
@@ -24,7 +25,6 @@ from gencompress.t2i.optiprune.wrap import optiprune
 from gencompress.t2i.pictures import write_images
 from gencompress.t2i.pipeline import denoiser, load_pipeline, scheduling
 from gencompress.t2i.sample import sample
-from gencompress.t2i.train import Progress, quiet
 
 SETTINGS, FORMAT = "optiprune.json", 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.optiprune.excite import Updates
 from gencompress.t2i.optiprune.noise import NoiseConfig, noise_shape
 from gencompress.t2i.optiprune.prune import BYPASSES, PruneConfig
@@ -20,7 +21,6 @@ from gencompress.t2i.optiprune.session import NEEDED, Session, Wanted, default_s
 from gencompress.t2i.optiprune.sites import find_sites
 from gencompress.t2i.optiprune.subjects import Pieces
 from gencompress.t2i.pipeline import denoiser
-from gencompress.t2i.train import Progress, quiet
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import torch
 from gencompress.core.allocate import top, within_budget, zscore_by_cost
 from gencompress.core.budget import Budget
 from gencompress.core.mask import Compressed, Mask
+from gencompress.core.progress import Progress, quiet
 from gencompress.core.units import Scores, Units
 from gencompress.measure import Measurement
 from gencompress.t2i import coupling
@@ -52,7 +53,7 @@ from gencompress.t2i.score import (
     sensitivities,
 )
 from gencompress.t2i.teach import teach
-from gencompress.t2i.train import PRECISIONS, Progress, Training, quiet
+from gencompress.t2i.train import PRECISIONS, Training
 
 ALLOCATORS = ("zscore", "global", "uniform", "ecoflap")
 HALVINGS = 12  # of the share that is kept, where the largest within the budget is looked for
