@@ -118,7 +118,7 @@ class _Living(TorchDispatchMode):
         self.now = self.peak = 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         given = {_place(tensor) for tensor in _tensors((args, kwargs))}

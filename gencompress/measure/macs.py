@@ -213,7 +213,7 @@ class _Products(TorchDispatchMode):
         super().__init__()
         self.stack, self.found, self.paused = stack, Counter[tuple[str, str]](), False
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operation = func._overloadpacket
         macs = _formula(operation)
@@ -243,7 +243,7 @@ class _Cores(TorchFunctionMode):
         super().__init__()
         self.products = products
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention or self.products.paused:
             return func(*args, **kwargs)

@@ -70,7 +70,7 @@ def size_point(
 
 
 def _similarity(
-    field: Field, shots: Shots, metrics: dict, progress: Progress
+    field: Field, shots: Shots, metrics: dict[str, Any], progress: Progress
 ) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in metrics}
     for number, (camera, wanted) in enumerate(photos(shots, field.background)):
@@ -115,6 +115,6 @@ def speed_rows(before: Field | None, after: Field, shots: Shots) -> list[Measure
     ]  # fmt: skip
 
 
-def _render_time(field: Field, shots: Shots):
+def _render_time(field: Field, shots: Shots) -> Any:
     cameras = iter(shots.cameras[:8] * 2)
     return time_call(lambda: render(field, next(cameras)), repeats=len(shots.cameras[:8]), warmup=1)

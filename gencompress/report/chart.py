@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -215,7 +216,7 @@ def _chosen(series: Sequence[Series], xs: _Scale, ys: _Scale, x: Axis, y: Axis) 
 
 
 def _free_place(
-    px: float, py: float, width: float, lines: Sequence, xs: _Scale, ys: _Scale
+    px: float, py: float, width: float, lines: Sequence[Any], xs: _Scale, ys: _Scale
 ) -> tuple[float, float, str]:
     """Of the places around a point, the one whose box meets the fewest bits of line."""
     samples = [

@@ -64,7 +64,7 @@ def curve_heading(rows: Sequence[dict[str, Any]]) -> str:
 def density_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Events of density control, one line for each kind: {"head", "body"} as `curve_table`, or
     None. Rows without an event or a step are left out."""
-    kinds: dict[str, list[dict]] = {}
+    kinds: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row.get("event") and number(row.get("step")) is not None:
             kinds.setdefault(str(row["event"]), []).append(row)
@@ -80,8 +80,8 @@ def density_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return {"head": ["event", "times", "splats in all", "first step", "last step"], "body": body}
 
 
-def _by_axes(rows: Sequence[dict]) -> dict[tuple, list[dict]]:
-    pairs: dict[tuple, list[dict]] = {}
+def _by_axes(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    pairs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         key = tuple(str(row.get(k) or "") for k in ("x_name", "x_unit", "y_name", "y_unit"))
         pairs.setdefault(key, []).append(row)
@@ -92,11 +92,11 @@ def _title(key: tuple[str, str, str, str]) -> str:
     return f"{key[2] or 'y'} against {key[0] or 'x'}"
 
 
-def _curve_figure(key: tuple[str, str, str, str], rows: Sequence[dict]) -> dict[str, Any]:
+def _curve_figure(key: tuple[str, str, str, str], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     along = key[0] == STEP
     x = Axis(key[0] or "x", key[1], log=not along)
     y = Axis(key[2] or "y", key[3], log=key[3] != "dB" and not along)
-    by_name: dict[str, list[dict]] = {}
+    by_name: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(str(row.get("series") or ""), []).append(row)
     scale = _percent_scale(rows, x.unit)
@@ -132,13 +132,15 @@ def _curve_figure(key: tuple[str, str, str, str], rows: Sequence[dict]) -> dict[
     }
 
 
-def _are_counts(rows: Sequence[dict]) -> bool:
+def _are_counts(rows: Sequence[dict[str, Any]]) -> bool:
     """Whether all values are whole: such a number keeps its value until it changes."""
     values = [number(row.get("y")) for row in rows]
     return all(value is None or value == int(value) for value in values)
 
 
-def _points(name: str, rows: Sequence[dict], x: Axis, y: Axis, scale: float) -> tuple:
+def _points(
+    name: str, rows: Sequence[dict[str, Any]], x: Axis, y: Axis, scale: float
+) -> tuple[Any, ...]:
     found = []
     for row in rows:
         at, value, worst = (number(row.get(k)) for k in ("x", "y", "worst"))
@@ -155,7 +157,7 @@ def _note(name: str, p: Point, x: Axis, y: Axis) -> str:
     return words + (f", worst {text.value(p.worst, y.unit)}" if p.worst is not None else "")
 
 
-def _percent_scale(rows: Sequence[dict], unit: str) -> float:
+def _percent_scale(rows: Sequence[dict[str, Any]], unit: str) -> float:
     """A share in 0..1 labelled "%" is shown as a percentage; values above 1 are percentages."""
     values = [number(row.get("x")) for row in rows]
     return 100.0 if unit == "%" and all(v is None or abs(v) <= 1 for v in values) else 1.0
@@ -179,7 +181,7 @@ def curve_table(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"head": head, "body": body, "chosen": [bool(row.get("chosen")) for row in rows]}
 
 
-def _any(rows: Sequence[dict], key: str) -> bool:
+def _any(rows: Sequence[dict[str, Any]], key: str) -> bool:
     return any(number(row.get(key)) is not None for row in rows)
 
 

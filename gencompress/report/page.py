@@ -38,7 +38,7 @@ def templates() -> jinja2.Environment:
 
 def render(
     report: dict[str, Any],
-    previews: Sequence[tuple[list, dict | None, dict]],
+    previews: Sequence[tuple[list[Any], dict[str, Any] | None, dict[str, Any]]],
     pictures: Sequence[list[dict[str, str]]],
 ) -> str:
     """The page of a report. `previews` and `pictures` are what `read_previews` and `read_pictures`
@@ -85,7 +85,7 @@ def _own(name: str) -> Markup:
 
 
 def _for_page(
-    a: dict[str, Any], views: list, scene: dict | None, labels: dict[str, str]
+    a: dict[str, Any], views: list[Any], scene: dict[str, Any] | None, labels: dict[str, str]
 ) -> dict[str, Any]:
     return {
         **a,

@@ -100,7 +100,7 @@ def _row(m: Measurement) -> dict[str, Any]:
 
 def change(
     before: float | None, after: float | None, unit: str, better: str, group: str = "other"
-) -> dict | None:
+) -> dict[str, Any] | None:
     """How `after` relates to `before`; None where one of them is missing.
 
     `ratio` (after / before) and `percent` are None where a ratio means nothing: for a logarithmic
@@ -288,7 +288,7 @@ def comparison(artifacts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     one block per device. An artifact that does not name its device has a block to itself.
     """
     columns = _shared([[r for r in a["measurements"] if not is_timed(r)] for a in artifacts])
-    devices: dict[Any, list[dict]] = {}
+    devices: dict[Any, list[dict[str, Any]]] = {}
     for a in artifacts:
         devices.setdefault(a["device"] or a["id"], []).append(a)
     speed = []
@@ -301,7 +301,7 @@ def comparison(artifacts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"columns": columns, "rows": _cells(artifacts, columns), "speed": speed}
 
 
-def _shared(rows: Sequence[Sequence[dict]], at_least: int = 2) -> list[dict[str, str]]:
+def _shared(rows: Sequence[Sequence[dict[str, Any]]], at_least: int = 2) -> list[dict[str, str]]:
     count: dict[tuple[str, str, str], int] = {}
     for of_artifact in rows:
         for key in dict.fromkeys((r["group"], r["name"], r["unit"]) for r in of_artifact):
@@ -310,7 +310,9 @@ def _shared(rows: Sequence[Sequence[dict]], at_least: int = 2) -> list[dict[str,
     return [dict(zip(("group", "name", "unit"), key, strict=True)) for key in kept]
 
 
-def _cells(artifacts: Sequence[dict], columns: Sequence[dict]) -> list[dict[str, Any]]:
+def _cells(
+    artifacts: Sequence[dict[str, Any]], columns: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     rows = []
     for a in artifacts:
         by_key = {(r["name"], r["unit"]): r for r in a["measurements"]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class State:
     step: int = 0  # optimiser steps taken
     extent: float = 1.0  # size of the scene in world units: 1.1 times the camera spread
     antialiased: bool = False
-    events: list[dict] = field(default_factory=list)  # what density control did, for the log
+    # what density control did, for the log
+    events: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.parameters["means"].shape[0]

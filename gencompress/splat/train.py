@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from gencompress_kernels.adam_rows import adam_rows_
@@ -307,7 +308,7 @@ def _expected(depths: Tensor, alphas: Tensor) -> Tensor:
     return depths / alphas.clamp_min(BEYOND)
 
 
-def _normal_error(drawn, camera: Camera) -> Tensor:
+def _normal_error(drawn: Any, camera: Camera) -> Tensor:
     """Mean of 1 - cosine between rendered normals and those of the rendered depth, weighted by
     alpha (2DGS, with the weight held constant). Camera axes; the border has no neighbours."""
     alpha = drawn.alphas[0].detach()

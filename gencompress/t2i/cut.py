@@ -205,7 +205,9 @@ def _takes_cut(cls: type) -> type:
     """Adds `cut`, a Layout, to the settings of the class: what its base builds, then shrunk."""
     base = cls.__mro__[1]
 
-    def __init__(self: Any, *args: Any, cut: Mapping[str, int] | None = None, **kwargs: Any):
+    def __init__(
+        self: Any, *args: Any, cut: Mapping[str, int] | None = None, **kwargs: Any
+    ) -> None:
         base.__init__(self, *args, **kwargs)
         self.register_to_config(cut=dict(cut or {}))
         shrink(self, self.config.cut)
@@ -213,7 +215,7 @@ def _takes_cut(cls: type) -> type:
     # diffusers reads from the signature which settings of a saved config go to __init__
     extra = inspect.Parameter("cut", inspect.Parameter.KEYWORD_ONLY, default=None)
     known = inspect.signature(base.__init__).parameters.values()
-    __init__.__signature__ = inspect.Signature([*known, extra])  # type: ignore[attr-defined]
+    __init__.__signature__ = inspect.Signature([*known, extra])
     cls.__init__ = __init__
     return cls
 

@@ -235,9 +235,7 @@ def _watch(block: nn.Module, used: set[Tensor]) -> None:
     def noting(*_: Any) -> None:
         for name, gathered in block.named_parameters():  # the same ones in every pass
             if name in own:
-                gathered.register_post_accumulate_grad_hook(
-                    lambda _, one=own[name]: used.add(one)  # type: ignore[misc]
-                )
+                gathered.register_post_accumulate_grad_hook(lambda _, one=own[name]: used.add(one))
         once.remove()
 
     # hooks of FSDP, which gather and free the weights, come between

@@ -305,7 +305,9 @@ class Binary:
         self.length += len(self.blocks[-1])
         return len(self.views) - 1
 
-    def accessor(self, values: Array, target: int, normalized: bool = False, bounds=False) -> int:
+    def accessor(
+        self, values: Array, target: int, normalized: bool = False, bounds: bool = False
+    ) -> int:
         """Values [N, k]; items of an attribute begin at multiples of 4 bytes."""
         count, width = values.shape
         keys: dict[str, Any] = {"target": target}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def _tables(cameras: Sequence[Camera]) -> tuple[Tensor, Tensor]:
     if not any(any(camera.distortion) for camera in cameras):
         return torch.empty(0, 2), places
     tables: list[Tensor] = []
-    known: dict[tuple, int] = {}
+    known: dict[tuple[Any, ...], int] = {}
     total = 0
     for number, c in enumerate(cameras):
         lens = (c.fx, c.fy, c.cx, c.cy, c.width, c.height, c.distortion)

@@ -212,7 +212,9 @@ def _allowance(buffers: tuple[bytes, ...]) -> int:
     return max(FREE_BYTES, MOST_RATIO * sum(map(len, buffers)))
 
 
-def _attributes(root: dict[str, Any], buffers: tuple[bytes, ...], primitive: dict[str, Any]):
+def _attributes(
+    root: dict[str, Any], buffers: tuple[bytes, ...], primitive: dict[str, Any]
+) -> tuple[dict[str, Array], Any]:
     """Attributes [N, k] by our name, decoded, and the layout of each."""
     named = [(NAMES.get(n, n), a) for n, a in primitive["attributes"].items()]
     for i, target in enumerate(primitive.get("targets", ())):

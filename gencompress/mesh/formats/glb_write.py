@@ -51,7 +51,9 @@ def write(path: Path, mesh: TriMesh) -> None:
     write_container(path, root, binary)
 
 
-def _fresh(mesh: TriMesh, vertices: Array, faces: Array, corners: dict[str, Array], binary: Binary):
+def _fresh(
+    mesh: TriMesh, vertices: Array, faces: Array, corners: dict[str, Array], binary: Binary
+) -> dict[str, Any]:
     """One node; the parts in order of their first face, by material."""
     names = [getattr(part, "material", "") for part in mesh.parts] or [""]
     numbered = mesh.per_face.get("part") if mesh.parts else None
@@ -124,7 +126,9 @@ def _primitive(
     return found
 
 
-def _edited(mesh: TriMesh, vertices: Array, faces: Array, corners: Any, binary: Binary):
+def _edited(
+    mesh: TriMesh, vertices: Array, faces: Array, corners: Any, binary: Binary
+) -> dict[str, Any]:
     """The JSON of the source with the triangles that are left, and only the bytes it needs."""
     source: GlbSource = mesh.source
     root = copy.deepcopy({k: v for k, v in source.root.items() if k != "accessors"})
@@ -155,7 +159,9 @@ def _edited(mesh: TriMesh, vertices: Array, faces: Array, corners: Any, binary: 
     return root
 
 
-def _part(entry: GlbPart, world: Array, faces: Array, corners: dict[str, Array], binary: Binary):
+def _part(
+    entry: GlbPart, world: Array, faces: Array, corners: dict[str, Array], binary: Binary
+) -> dict[str, Any]:
     """A primitive in the space of its node."""
     matrix = np.array(entry.matrix).reshape(4, 4)
     if not is_identity(matrix) and "local" not in corners:

@@ -88,7 +88,9 @@ def read(path: Path, strict: bool = False) -> TriMesh:
     return mesh_of(path, points, index[0], corners, per_face, parts, source)
 
 
-def _states(path: Path, lines: Lines):
+def _states(
+    path: Path, lines: Lines
+) -> tuple[tuple[str, ...], Array, tuple[tuple[str, ...], ...], dict[str, int]]:
     """The parts, the part of each line, (mtllibs, comments) and counts of dropped keywords."""
     state = [""] * 4
     parts: dict[ObjPart, int] = {}
@@ -227,7 +229,7 @@ def _faces(path: Path, lines: Lines) -> tuple[list[Array | None], Array, int]:
     return index, polygon, int((counts > 3).sum())
 
 
-def _tokens(text: Array):
+def _tokens(text: Array) -> tuple[Any, ...] | None:
     """(numbers, place of the first number of each corner, ((step, given) of vt, of vn)); None if
     a corner has another form. The text has nothing but spaces and corners."""
     if not FACE_BYTES[text].all():
@@ -266,7 +268,7 @@ def _signs(text: Array) -> bool:
     return bool((((before <= 32) | (before == 47)) & (after >= 48) & (after <= 57)).all())
 
 
-def _absolute(path: Path, lines: Lines, index: list[Any], rows: Array, polygon: Array):
+def _absolute(path: Path, lines: Lines, index: list[Any], rows: Array, polygon: Array) -> list[Any]:
     """Indices from 0; -1 where a corner has no texture or normal."""
     result: list[Array | None] = []
     for number, keyword in zip(index, ("v", "vt", "vn"), strict=True):

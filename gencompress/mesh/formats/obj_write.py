@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +140,9 @@ def _given(row: Array) -> int:
     return 0 if missing.any() else len(row)
 
 
-def _face_rows(vertex: Array, uv: Array | None, normal: Array | None):
+def _face_rows(
+    vertex: Array, uv: Array | None, normal: Array | None
+) -> Callable[[int, int], bytes]:
     """A function of (start, end) that gives the lines of these faces.
 
     Each number is laid out in a fixed width of bytes, zero where it has no digit, and the zero

@@ -141,7 +141,9 @@ def _indexable(column: Array) -> Array:
     return column.astype(SIGNED.get(column.dtype.str[1:], column.dtype.str[1:]))
 
 
-def _attributes(vertex: dict[str, Array], vertex_uv: bool):
+def _attributes(
+    vertex: dict[str, Array], vertex_uv: bool
+) -> tuple[dict[str, Array], tuple[str, str]]:
     """Attributes [N, k] by name, and the names of the uv."""
     left = {name: a for name, a in vertex.items() if name not in ("x", "y", "z")}
     values = {}
@@ -202,7 +204,9 @@ def _words(path: Path, body: bytes) -> Array:
             raise FormatError(path, "its body is not made of numbers") from error
 
 
-def _element(path: Path, header: Header, element: Element, units: Array, at: int):
+def _element(
+    path: Path, header: Header, element: Element, units: Array, at: int
+) -> tuple[dict[str, Any], int]:
     """The columns of one element and where the next one begins."""
     if element.count == 0:
         empty = np.zeros(0, np.int64)
@@ -231,7 +235,9 @@ def _cast(header: Header, units: Array, kind: str) -> Array:
     return np.ascontiguousarray(units).view(header.order + kind).astype(kind)
 
 
-def _uniform(header: Header, element: Element, units: Array, at: int, lengths: list[int]):
+def _uniform(
+    header: Header, element: Element, units: Array, at: int, lengths: list[int]
+) -> tuple[dict[str, Any], int] | None:
     """All rows at once if every list is as long as in the first row; None if not."""
     widths = []
     for p, n in zip(element.properties, lengths, strict=True):
@@ -254,7 +260,9 @@ def _uniform(header: Header, element: Element, units: Array, at: int, lengths: l
     return columns, at + row * element.count
 
 
-def _row_lengths(path: Path, header: Header, element: Element, units: Array, at: int, rows: int):
+def _row_lengths(
+    path: Path, header: Header, element: Element, units: Array, at: int, rows: int
+) -> tuple[Array, Array, int]:
     """The list lengths of the first `rows` rows (1 for a number), and the offset of each item."""
     steps = [
         (p.length, _width(header, p.length) if p.length else 0, _width(header, p.kind))
@@ -293,7 +301,9 @@ def _row_lengths(path: Path, header: Header, element: Element, units: Array, at:
     return lengths, places, at
 
 
-def _ragged(path: Path, header: Header, element: Element, units: Array, at: int):
+def _ragged(
+    path: Path, header: Header, element: Element, units: Array, at: int
+) -> tuple[dict[str, Any], int]:
     """Row by row, as lists of different lengths need; items are gathered length by length."""
     lengths, places, at = _row_lengths(path, header, element, units, at, element.count)
     counts, starts = np.array(lengths, np.int64), np.array(places, np.int64)

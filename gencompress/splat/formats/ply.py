@@ -74,7 +74,9 @@ def antialiased(header: Header) -> bool:
     return found
 
 
-def _plan(header: Header, vertex: Element, wanted: dict[str, list[str]]):
+def _plan(
+    header: Header, vertex: Element, wanted: dict[str, list[str]]
+) -> tuple[list[list[str]], list[range]]:
     """The columns of each block, and the rows that each thread reads."""
     if header.encoding == "ascii" or all(p.kind == "f4" for p in vertex.properties):
         names = [p.name for p in vertex.properties]

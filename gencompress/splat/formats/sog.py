@@ -183,7 +183,9 @@ def _numbers(path: Path, meta: dict[str, Any], keys: tuple[str, ...], count: int
         raise FormatError(path, f"{META}: {'.'.join(keys)} has a number too large") from error
 
 
-def _textures(path: Path, load: Callable[[str, int], bytes], on_disk: int, meta: dict[str, Any]):
+def _textures(
+    path: Path, load: Callable[[str, int], bytes], on_disk: int, meta: dict[str, Any]
+) -> Callable[..., Array]:
     """`texture(field, i)`: the pixels of file i of a field, [count, 4] (or [H, W, 4] if `whole`).
 
     Sizes are taken from the WebP headers and held against the count before anything is decoded.

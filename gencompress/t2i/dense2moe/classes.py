@@ -414,7 +414,9 @@ def _takes_mixture(cls: type) -> type:
     restructured."""
     base = cls.__mro__[1]
 
-    def __init__(self: Any, *args: Any, mixture: Mapping[str, Any] | None = None, **kwargs: Any):
+    def __init__(
+        self: Any, *args: Any, mixture: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         base.__init__(self, *args, **kwargs)
         self.register_to_config(mixture=PLAIN | {"experts": {}} | dict(mixture or {}))
         restructure(self, self.config.mixture)
@@ -422,7 +424,7 @@ def _takes_mixture(cls: type) -> type:
     # diffusers reads from the signature which settings of a saved config go to __init__
     extra = inspect.Parameter("mixture", inspect.Parameter.KEYWORD_ONLY, default=None)
     known = inspect.signature(base.__init__).parameters.values()
-    __init__.__signature__ = inspect.Signature([*known, extra])  # type: ignore[attr-defined]
+    __init__.__signature__ = inspect.Signature([*known, extra])
     cls.__init__ = __init__
     cls._keep_in_fp32_modules = ["router"]
     return cls

@@ -303,7 +303,7 @@ def _judged(
     best = images[torch.arange(len(states)), similarity.argmax(1)]
     judged = {"similarity": similarity, "diversity": alike, "best": best.contiguous()}
     if path is not None:
-        workdir.mkdir(parents=True, exist_ok=True)  # type: ignore[union-attr]
+        workdir.mkdir(parents=True, exist_ok=True)
         with writing(path, overwrite=True) as part:
             save_tensors(part, judged, {ABOUT: json.dumps(asdict(config))})
     return judged

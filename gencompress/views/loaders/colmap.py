@@ -12,7 +12,7 @@ import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -205,7 +205,7 @@ class _Cursor:
         with path.open("rb") as stream:  # mapped: the 2D points of images.bin are skipped unread
             self.data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if self.size else b""
 
-    def take(self, layout: struct.Struct) -> tuple:
+    def take(self, layout: struct.Struct) -> tuple[Any, ...]:
         start = self.at
         self.skip(layout.size)
         return layout.unpack_from(self.data, start)
@@ -259,7 +259,7 @@ def _binary_poses(path: Path) -> list[Pose]:
     return poses
 
 
-def _binary_points(path: Path) -> list[tuple]:
+def _binary_points(path: Path) -> list[tuple[Any, ...]]:
     file, rows = _Cursor(path), []
     head = struct.Struct("<Q3d3BdQ")
     for _ in file.count(head.size):
@@ -294,7 +294,7 @@ def _text_poses(path: Path) -> list[Pose]:
     return poses
 
 
-def _text_points(path: Path) -> list[tuple]:
+def _text_points(path: Path) -> list[tuple[Any, ...]]:
     rows = []
     for line, words in _rows(path):
         with _reading(path, line):

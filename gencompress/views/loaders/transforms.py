@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ def exported(source: Path) -> tuple[np.ndarray, float] | None:
     return matrix, scale
 
 
-def _read(source: Path) -> dict:
+def _read(source: Path) -> dict[str, Any]:
     try:
         top = json.loads(source.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -100,7 +101,7 @@ def _read(source: Path) -> dict:
     return top
 
 
-def _frames(top: dict, source: Path) -> list[tuple[str, dict]]:
+def _frames(top: dict[str, Any], source: Path) -> list[tuple[str, dict[str, Any]]]:
     """Each frame with the words that name it in an error."""
     frames = top.get("frames")
     if not isinstance(frames, list) or not frames:
@@ -115,8 +116,8 @@ def _frames(top: dict, source: Path) -> list[tuple[str, dict]]:
 
 
 def _of_split(
-    frames: list[tuple[str, dict]], top: dict, split: str, source: Path
-) -> list[tuple[str, dict]]:
+    frames: list[tuple[str, dict[str, Any]]], top: dict[str, Any], split: str, source: Path
+) -> list[tuple[str, dict[str, Any]]]:
     names = top.get(f"{split}_filenames")
     if not isinstance(names, list) or not names:
         raise FormatError(source, f"has no {split!r} split ({split}_filenames); hold out views")
@@ -128,7 +129,7 @@ def _of_split(
     return chosen
 
 
-def _image_path(frame: dict, source: Path, where: str) -> Path:
+def _image_path(frame: dict[str, Any], source: Path, where: str) -> Path:
     path = _optional_path(frame, "file_path", source, where)
     if path is None:
         raise FormatError(source, f"{where} has no file_path")
@@ -140,7 +141,7 @@ def _image_path(frame: dict, source: Path, where: str) -> Path:
     return path
 
 
-def _optional_path(values: dict, key: str, source: Path, where: str) -> Path | None:
+def _optional_path(values: dict[str, Any], key: str, source: Path, where: str) -> Path | None:
     name = values.get(key)
     if name is None:
         return None
@@ -150,8 +151,8 @@ def _optional_path(values: dict, key: str, source: Path, where: str) -> Path | N
 
 
 def _camera(
-    frame: dict,
-    top: dict,
+    frame: dict[str, Any],
+    top: dict[str, Any],
     image: Path,
     mask: Path | None,
     moved: tuple[np.ndarray, float] | None,
@@ -184,7 +185,7 @@ def _camera(
     return fitted(camera)
 
 
-def _refuse_other_lenses(values: dict, source: Path, where: str) -> None:
+def _refuse_other_lenses(values: dict[str, Any], source: Path, where: str) -> None:
     model = values.get("camera_model", "PINHOLE")
     if values.get("is_fisheye") is True:
         model = "OPENCV_FISHEYE"
@@ -196,7 +197,7 @@ def _refuse_other_lenses(values: dict, source: Path, where: str) -> None:
         )
 
 
-def _size(values: dict, image: Path | None, source: Path, where: str) -> tuple[int, int]:
+def _size(values: dict[str, Any], image: Path | None, source: Path, where: str) -> tuple[int, int]:
     """Width and height as declared, else those of the image."""
     if values.get("w") is not None and values.get("h") is not None:
         size = _number(values, "w", source, where), _number(values, "h", source, where)
@@ -212,7 +213,7 @@ def _size(values: dict, image: Path | None, source: Path, where: str) -> tuple[i
 
 
 def _focal(
-    frame: dict, top: dict, width: int, height: int, source: Path, where: str
+    frame: dict[str, Any], top: dict[str, Any], width: int, height: int, source: Path, where: str
 ) -> tuple[float, float]:
     """fx and fy in pixels, by focal length before angle of view, by the frame before the top."""
     for values in (frame, top):
@@ -223,7 +224,9 @@ def _focal(
     raise FormatError(source, f"{where} has neither fl_x nor camera_angle_x")
 
 
-def _focal_along(axis: str, values: dict, side: int, source: Path, where: str) -> float | None:
+def _focal_along(
+    axis: str, values: dict[str, Any], side: int, source: Path, where: str
+) -> float | None:
     if values.get(f"fl_{axis}") is not None:
         focal = _number(values, f"fl_{axis}", source, where)
         if focal <= 0:
@@ -238,7 +241,7 @@ def _focal_along(axis: str, values: dict, side: int, source: Path, where: str) -
     return 0.5 * side / math.tan(0.5 * angle)
 
 
-def _distortion(values: dict, source: Path, where: str) -> tuple[float, ...]:
+def _distortion(values: dict[str, Any], source: Path, where: str) -> tuple[float, ...]:
     """(k1, k2, p1, p2), or () where all are zero."""
     listed = values.get("distortion_params")
     if listed is not None:
@@ -252,7 +255,7 @@ def _distortion(values: dict, source: Path, where: str) -> tuple[float, ...]:
 
 
 def _number(
-    values: dict, key: str, source: Path, where: str, default: float | None = None
+    values: dict[str, Any], key: str, source: Path, where: str, default: float | None = None
 ) -> float:
     value = values.get(key)
     if value is None and default is not None:
