@@ -25,6 +25,7 @@ from gencompress.report import write_report
 from gencompress.report.rows import GROUPS
 from gencompress.splat.formats import FORMATS as SPLATS
 from gencompress.t2i.aptp.start import KNOWN as BEGUN
+from gencompress.t2i.dense2moe.start import KNOWN as BEFORE
 from gencompress.t2i.dori.method import PAIRS
 from gencompress.t2i.formats import DENOISERS
 from gencompress.t2i.inputs import KNOWN
@@ -55,6 +56,7 @@ DATA = {
     "mesh": {"views", "truth"},
     "nerf": {"views"},
     "aptp": {*KNOWN, *BEGUN},
+    "dense2moe": {*KNOWN, *BEFORE},
     "dori": {*KNOWN, PAIRS},
 }
 OPENED = ("path", "paths", "source", "pipeline", "pairs", "targets")  # what commands read

@@ -20,6 +20,7 @@ from gencompress.t2i.dense2moe.convert import convert, importance
 from gencompress.t2i.dense2moe.layout import feed_forwards
 from gencompress.t2i.dense2moe.settings import Config
 from gencompress.t2i.dense2moe.stages import Objective, train_stage
+from gencompress.t2i.dense2moe.start import begun, routers_digest
 from gencompress.t2i.distill import Weights, predict
 from gencompress.t2i.hooks import record
 from gencompress.t2i.pipeline import denoiser, with_denoiser
@@ -99,12 +100,19 @@ def staged(
     workdir: Any,
     generator: torch.Generator,
     progress: Progress = quiet,
+    start: Any = None,
 ) -> tuple[Any, Log]:
-    """The converted pipeline after all of its stages, and their log."""
+    """The converted pipeline after all of its stages, and their log; `start` is a denoiser that was
+    converted before, which is trained on."""
     model, _ = denoiser(pipe)
-    student = convert(model, mixture, scores, generator, embeddings=embeddings)
+    if start is None:
+        student = convert(model, mixture, scores, generator, embeddings=embeddings)
+    else:
+        student = begun(start, mixture)
     objective = Objective(config.features, config.balance)
-    log: Log = []
+    run, log = f"dense2moe {config}", Log()
+    if start is not None:
+        run = f"{run} from {routers_digest(start)}"
     for stage, steps in (
         ("shared", config.shared_steps),
         ("experts", config.expert_steps),
@@ -115,7 +123,7 @@ def staged(
             folder = None if workdir is None else workdir / stage
             log += train_stage(
                 pipe, student, seen, stage, config.training(steps), objective, folder, generator,
-                f"dense2moe {config}", progress,
+                run, progress,
             )  # fmt: skip
     return with_denoiser(pipe, student.eval()), log
 

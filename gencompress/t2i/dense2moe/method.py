@@ -30,6 +30,7 @@ from gencompress.t2i.dense2moe.layout import feed_forwards, groups_of, kind_of, 
 from gencompress.t2i.dense2moe.lora import neurons, save_neurons
 from gencompress.t2i.dense2moe.moe import mixtures, recording, set_top_k
 from gencompress.t2i.dense2moe.settings import Config
+from gencompress.t2i.dense2moe.start import KNOWN, Given, given
 from gencompress.t2i.distill import again, draws, seeds
 from gencompress.t2i.distill import predict as answer
 from gencompress.t2i.formats import stored_type
@@ -54,14 +55,16 @@ EMBEDDED = 1024  # draws that a modulation of lower rank is fitted on
 def load(
     target: str, data: dict[str, str], device: str, dtype: str, config: Config, strict: bool = False
 ) -> tuple[Any, Inputs]:
-    """See `loading.pipeline_and_inputs`; also ValueError for a denoiser that is not dense, or whose
-    widths do not divide."""
+    """See `loading.pipeline_and_inputs`. Of `data` also `start`, an artifact of Dense2MoE or its
+    pipeline, which is trained on instead of dealing out neurons anew. Also ValueError for a
+    denoiser that is not dense, or whose widths do not divide."""
+    plain = {name: place for name, place in data.items() if name not in KNOWN}
     pipe, inputs = pipeline_and_inputs(
-        target, data, device, dtype,
+        target, plain, device, dtype,
         size=config.pixels, images=config.images, steps=config.steps, guidance=config.guidance,
     )  # fmt: skip
     _structure(denoiser(pipe)[0], config, 0)
-    return pipe, inputs
+    return pipe, given(pipe, inputs, data)
 
 
 def score(
@@ -116,8 +119,9 @@ def compress(
         pooled = seen.rows["pooled_projections"]
         embeddings = adaln.embeddings(inside, pooled[_cycle(len(pooled))], chance)
     made, log = staged(
-        model, seen, mixture, scores, embeddings, config, workdir, generator, progress
-    )
+        model, seen, mixture, scores, embeddings, config, workdir, generator, progress,
+        data.start if isinstance(data, Given) else None,
+    )  # fmt: skip
     about: dict[str, Any] = {"kind": "mixture", "stored": stored_type(inside)}
     student, _ = denoiser(made)
     about |= {"top_k": next(iter(mixture["experts"].values()))[3]}

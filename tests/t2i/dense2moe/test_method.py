@@ -233,6 +233,46 @@ def test_arms_and_the_sweep_of_experts(loaded, compressed):
     assert all(share <= own / dense + 1e-9 for share in arms.values())
 
 
+def test_from_a_mixture_that_was_made_before(folder, compressed, tmp_path):
+    """Its stages go on from there; without stages it is what was given."""
+    dense2moe.save(compressed, tmp_path / "model", QUICK, None)
+    data = {"prompts": str(folder / "prompts.txt"), "start": str(tmp_path)}
+    none = dataclasses.replace(QUICK, shared_steps=0, expert_steps=0)
+    before = denoiser(compressed.model)[0].state_dict()
+    for config, same in ((none, True), (QUICK, False)):
+        (tmp_path / str(same)).mkdir()
+        pipe, inputs = dense2moe.load(str(folder / "flux"), data, "cpu", "float32", config)
+        made = dense2moe.compress(
+            pipe, inputs, BUDGET, config, torch.Generator().manual_seed(0), tmp_path / str(same)
+        )
+        found = denoiser(made.model)[0].state_dict()
+        assert all(torch.equal(found[name], one) for name, one in before.items()) == same
+        kept = {name: mask.keep for name, mask in compressed.masks.items()}
+        for name, mask in made.masks.items():
+            assert all(torch.equal(one, kept[name][path]) for path, one in mask.keep.items())
+    # with another budget as many experts a token as that allows
+    pipe, inputs = dense2moe.load(str(folder / "flux"), data, "cpu", "float32", none)
+    (tmp_path / "more").mkdir()
+    more = dense2moe.compress(
+        pipe, inputs, parse_budget("95%active"), none, torch.Generator(), tmp_path / "more"
+    )
+    several = [next(iter(mixtures(denoiser(one.model)[0]).values())) for one in (compressed, more)]
+    assert several[0].top_k < several[1].top_k
+
+
+def test_what_cannot_be_started_from(folder, loaded, compressed, tmp_path):
+    data = {"prompts": str(folder / "prompts.txt"), "start": str(folder / "flux")}
+    with pytest.raises(ValueError, match="a dense FluxTransformer2DModel; expected a converted"):
+        dense2moe.load(str(folder / "flux"), data, "cpu", "float32", QUICK)
+    dense2moe.save(compressed, tmp_path / "model", QUICK, None)
+    config = dataclasses.replace(QUICK, experts=6, expansion=0.5)
+    pipe, inputs = dense2moe.load(
+        str(folder / "flux"), data | {"start": str(tmp_path)}, "cpu", "float32", config
+    )
+    with pytest.raises(ValueError, match="has other experts"):
+        dense2moe.compress(pipe, inputs, BUDGET, config, torch.Generator(), tmp_path)
+
+
 def test_a_block_that_does_nothing_changes_nothing(ground):
     pipe, seen, _ = ground
     model = converted(ground)
