@@ -24,6 +24,9 @@ SHEETS, ON_A_SHEET, ABREAST = 2, 6, 3
 COLUMNS = 4  # of a sheet of samples
 SIDE = 192  # most pixels of a picture on a sheet, so that a page stays small
 AMPLIFIED = 2  # of the difference
+# after Okabe and Ito, as the report's charts: they stay apart for the colour-blind; what is drawn
+# with more than these takes them again
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8f6a00", "#56b4e9", "#45484d", "#6b4fb3")
 
 
 def write_preview(

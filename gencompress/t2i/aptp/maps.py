@@ -20,15 +20,11 @@ from gencompress.t2i.aptp.encoder import encode
 from gencompress.t2i.aptp.routed import Routed, pipeline_of, shares_of
 from gencompress.t2i.aptp.router import Router, compared, route
 from gencompress.t2i.evaluate import EvaluationSet, make_images
-from gencompress.t2i.pictures import write_pair
+from gencompress.t2i.pictures import COLOURS, write_pair
 
 PER_EXPERT = 3  # pictures: a row of a sheet
 MAPPED = 512  # training prompts on the map
 ENCODED = 64  # prompts encoded at once
-# Okabe and Ito's, which stay apart for the colour-blind; from the ninth expert on they come again
-COLOURS = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8a900",
-)  # fmt: skip
 INK, PALE, MAP, BAR, LINE, FONT = "#222222", "#e4e4e4", 320, 240, 16, 12  # sizes in pixels
 KINDS = {"head": "heads", "group": "groups of channels", "neurons": "neurons"}
 CELL, ROW, GAP = 10, 26, 10

@@ -21,13 +21,11 @@ from gencompress.t2i.dori.search import starts
 from gencompress.t2i.dori.settings import Cleaned, Memories
 from gencompress.t2i.dori.summary import level, rate, sheet
 from gencompress.t2i.evaluate import make_images
-from gencompress.t2i.pictures import save_image, shown, write_index, write_pair
+from gencompress.t2i.pictures import COLOURS, save_image, shown, write_index, write_pair
 from gencompress.t2i.quality import drawing_rows
 
 SHOWN = 12  # memorised pictures of a preview
 SIDE, MARGIN, CELL, DOT = 560, 26, 30, 4  # pixels
-# Okabe and Ito's, as the report's charts
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8f6a00", "#56b4e9", "#45484d", "#6b4fb3")
 
 
 def audited(

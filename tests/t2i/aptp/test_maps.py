@@ -8,10 +8,10 @@ from t2i.aptp.routed_samples import PROMPTS, routed
 
 from gencompress.report.preview import read_pictures, read_previews
 from gencompress.t2i.aptp import maps
-from gencompress.t2i.aptp.maps import COLOURS, plane, shares_kept, write_maps, write_views
+from gencompress.t2i.aptp.maps import plane, shares_kept, write_maps, write_views
 from gencompress.t2i.aptp.router import route
 from gencompress.t2i.evaluate import EvaluationSet, make_images
-from gencompress.t2i.pictures import write_index
+from gencompress.t2i.pictures import COLOURS, write_index
 from gencompress.t2i.pipeline import with_denoiser
 
 
