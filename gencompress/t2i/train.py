@@ -38,6 +38,7 @@ Step = Callable[[int, Batch, Draws], Mapping[str, Tensor]]
 FILE = "checkpoint.safetensors"
 PRECISIONS = ("no", "bf16", "pure-bf16")
 SAVING = 0.05  # of the time, most that timed checkpoints take
+RUNS = "runs"  # in the current folder, where TensorBoard looks first
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Training:
     save_steps: int = 0  # between checkpoints; 0: not counted
     save_seconds: float = 60.0  # between checkpoints, or more where saving is slow; 0: not timed
     log_every: int = 50  # steps averaged in one row of the log
-    trackers: tuple[str, ...] = ()  # of accelerate, each of whose packages is there: wandb, ...
+    # of accelerate, each of whose packages is there: tensorboard, wandb, ...; files go to RUNS
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         least = {"steps": 0, "batch": 1, "warmup": 0, "at_once": 0, "save_steps": 0, "log_every": 1}
@@ -71,6 +73,8 @@ class Training:
                 raise ValueError(f"{name} {getattr(self, name)}: {bound} or more")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r}: known are {', '.join(PRECISIONS)}")
+        if self.trackers:
+            _expect_installed(self.trackers)
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r}: known are {', '.join(OPTIMIZERS)}")
         if self.rate <= 0 or not 0 <= self.last_rate <= 1 or not 0 <= self.ema < 1:
@@ -152,8 +156,7 @@ def fit(
 
     Raises:
         ValueError: nothing to train, trained weights that are not float32, no samples, a batch
-            that does not divide among the processes, sharding of another kind, or a tracker that is
-            not installed.
+            that does not divide among the processes, or sharding of another kind.
         FormatError: the checkpoint is broken, or of another run.
         FileNotFoundError: there is no folder `workdir`.
         RuntimeError: a loss or gradient is not finite; that step is not saved.
@@ -161,7 +164,7 @@ def fit(
     """
     from accelerate import Accelerator
 
-    team = Accelerator(log_with=list(how.trackers) or None, project_dir=workdir)
+    team = Accelerator(log_with=list(how.trackers) or None, project_dir=RUNS)
     _check(models, data, how, team)
     low = how.precision == "pure-bf16"
     with sharded(list(models.values()), frozen, team, low) as used:
@@ -296,13 +299,22 @@ def _check(models: Mapping[str, nn.Module], data: Data, how: Training, team: Any
 
 
 def _track(team: Any, how: Training, decides: dict[str, Any]) -> None:
-    """Begins a run of each tracker; those that write files do so in the `workdir`."""
-    missing = set(how.trackers) - set(map(str, team.log_with))
-    if missing:
-        raise ValueError(f"trackers {', '.join(sorted(missing))}: not installed")
+    """Begins a run of each tracker."""
     plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in decides.items()}
     if how.trackers:
         team.init_trackers("gencompress", plain)
+
+
+def _expect_installed(trackers: Sequence[str]) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, LoggerType, get_available_trackers
+
+    own = {*map(str, LoggerType.list())}
+    known = {*own, *LOGGER_TYPE_TO_CLASS} - {"all"}
+    if unknown := {*trackers} - known:
+        told = ", ".join(sorted(known))
+        raise ValueError(f"trackers {', '.join(sorted(unknown))}: known are {told}")
+    if missing := {*trackers} & own - {*map(str, get_available_trackers())}:
+        raise ValueError(f"trackers {', '.join(sorted(missing))}: not installed")
 
 
 def _decides(how: Training, data: Data, run: str, generator: torch.Generator) -> dict[str, Any]:

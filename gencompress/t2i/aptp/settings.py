@@ -35,6 +35,7 @@ class Config:
     # experts in files: whole, which plain diffusers reads; smaller: the dense model once, and how
     # they differ from it, where that takes fewer bytes (not after a long fine-tuning)
     store: str = "whole"
+    trackers: tuple[str, ...] = ()  # of the training, as `train.Training`: tensorboard, wandb, ...
     images: int = 64  # pictures that measure
     steps: int = 20  # of sampling
     guidance: float | None = None  # None: the pipeline's own
@@ -59,12 +60,12 @@ class Config:
     def learning(self) -> Training:
         return Training(
             self.learn, self.batch, self.learn_rate, self.learn // 20, 1.0, decay=0.0,
-            precision=self.precision, log_every=10,
+            precision=self.precision, log_every=10, trackers=self.trackers,
         )  # fmt: skip
 
     @property
     def tuning(self) -> Training:
         return Training(
             self.finetune, self.batch, self.rate, self.finetune // 10,
-            ema=self.ema, precision=self.precision, log_every=10,
+            ema=self.ema, precision=self.precision, log_every=10, trackers=self.trackers,
         )  # fmt: skip

@@ -35,6 +35,7 @@ class Config:
     ema: float = 0.99  # decay of the averaged weights
     features: float = 1.0  # weight of the blocks' errors beside the answer's,
     balance: float = 1e-2  # and of the balance of experts
+    trackers: tuple[str, ...] = ()  # of the training, as `train.Training`: tensorboard, wandb, ...
     images: int = 64  # pictures that measure
     steps: int = 20  # of sampling
     guidance: float | None = None  # None: the pipeline's own
@@ -70,5 +71,5 @@ class Config:
     def training(self, steps: int) -> Training:
         return Training(
             steps, self.batch, self.rate, steps // 10, betas=(0.9, 0.99), ema=self.ema,
-            precision=self.precision, log_every=10,
+            precision=self.precision, log_every=10, trackers=self.trackers,
         )  # fmt: skip

@@ -55,6 +55,7 @@ class RepairConfig:
     lora_rank: int = 0  # of an adapter of all attention, merged in the end; 0: all weights
     at_once: int = 0  # samples of a part of a batch, to save memory; 0: all
     search: SearchConfig = field(default_factory=SearchConfig)
+    trackers: tuple[str, ...] = ()  # as `train.Training`
 
     def __post_init__(self) -> None:
         if (
@@ -76,6 +77,7 @@ class RepairConfig:
                 f"triggers {self.triggers!r}: {' or '.join(TRIGGERS)}; precision "
                 f"{self.precision!r}: one of {', '.join(PRECISIONS)}"
             )
+        Training(1, 1, trackers=self.trackers)  # refuses what is not installed
 
     def num_steps(self, num_pictures: int) -> int:
         """Of an epoch."""
@@ -123,7 +125,11 @@ def repair(
     seed, unet = generator.initial_seed(), pipe.unet
     some = _samples(clean, list(range(LOOK)), seed)
     run = digest(
-        [list(captions), repr(replace(config, at_once=0)), pipe.scheduler.config.prediction_type],
+        [
+            list(captions),
+            repr(replace(config, at_once=0, trackers=())),
+            pipe.scheduler.config.prediction_type,
+        ],
         [
             ("latents", latents),
             ("surrogates", surrogates),
@@ -156,7 +162,7 @@ def repair(
     how = Training(
         config.epochs * steps, config.batch, config.rate, last_rate=1.0, clip=config.clip,
         ema=config.ema, precision=config.precision, at_once=config.at_once,
-        log_every=min(steps, LOG_EVERY),
+        log_every=min(steps, LOG_EVERY), trackers=config.trackers,
     )  # fmt: skip
     with learning(unet, config.lora_rank, seed):
         models = {"unet": unet}

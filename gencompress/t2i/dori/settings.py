@@ -58,6 +58,7 @@ class Config:
     rate: float = 1e-5  # of the repair
     search_steps: int = 50  # of each search of the repair
     precision: str = "no"  # of the repair: no, bf16 or pure-bf16
+    trackers: tuple[str, ...] = ()  # of the training, as `train.Training`: tensorboard, wandb, ...
     latents: int = 128  # clean ones that the pipeline draws itself, without pictures
     audit_steps: int = 50  # of each search of the audits
     starts: tuple[str, ...] = ("caption", "normal")  # of these; their chance is theirs alone
@@ -109,7 +110,7 @@ class Config:
         return RepairConfig(
             epochs=self.epochs, passes=self.passes, n_adv=self.triggers, batch=self.batch,
             rate=self.rate, precision=self.precision, triggers=triggers,
-            search=SearchConfig(self.search_steps, self.draws),
+            search=SearchConfig(self.search_steps, self.draws), trackers=self.trackers,
         )  # fmt: skip
 
     def wanda_config(self, rho: float) -> WandaConfig:

@@ -79,6 +79,7 @@ class Config:
     rate: float = 3e-4  # of these
     precision: str = "no"  # of these: no, bf16 or pure-bf16
     ema: float = 0.99  # decay of the averaged weights of these
+    trackers: tuple[str, ...] = ()  # of the training, as `train.Training`: tensorboard, wandb, ...
     denoise: float = 0.01  # weights of the losses, as APTP's: of the noise,
     output: float = 0.5  # of the dense model's answer,
     blocks: float = 0.5  # of its blocks, each relative to its size
@@ -216,7 +217,7 @@ def _floors(config: Config) -> Floors:
 def _training(config: Config) -> Training:
     return Training(
         config.finetune, config.batch, config.rate, config.finetune // 10,
-        ema=config.ema, precision=config.precision, log_every=10,
+        ema=config.ema, precision=config.precision, log_every=10, trackers=config.trackers,
     )  # fmt: skip
 
 
