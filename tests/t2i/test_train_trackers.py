@@ -1,6 +1,6 @@
 """The training loop and accelerate's trackers: one that notes what it is told, and none installed.
 
-No service and no TensorBoard has been run."""
+TensorBoard was run by hand; no service has been."""
 
 import accelerate.tracking
 import pytest

@@ -81,7 +81,7 @@ def make(
         inner = None if workdir is None else workdir / "learn"
         predictor, codes, log = learn(
             pipe, seen, embeddings, table, share, num_codes, config.learning, objective, inner,
-            generator, run=f"aptp {config}", progress=progress,
+            generator, run=f"aptp {num_codes} of {config.encoder}", progress=progress,
         )  # fmt: skip
         router = Router(encoder, table.layout, predictor.cpu(), codes.cpu())
     ids = route(router, seen.prompts, ENCODED)
@@ -173,7 +173,7 @@ def _distilled(
     weights = Weights(config.denoise, config.output, config.blocks)
     how = replace(config.tuning, steps=steps, warmup=steps // 10)
     cut = digest([], student.state_dict().items())[:16]  # another router cuts another expert
-    run = f"aptp {config}, expert {number}, cut {cut}"
+    run = f"aptp expert {number} of {config.experts}, cut {cut}, {weights}"
     log = teach(pipe, student, seen, how, weights, folder, generator, run, progress)
     return [{**row, "series": f"expert {number}"} for row in log]
 
