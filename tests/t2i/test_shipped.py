@@ -1,13 +1,18 @@
-"""The pipeline and judges that ship: they draw and know what was asked for, more than by chance."""
+"""What ships for text-to-image: it draws and knows what was asked for, more than by chance."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gencompress.measure.agreement import all_found, clip_scores
 from gencompress.measure.encoders import encode_images, encode_texts
 from gencompress.scenes import companions, resolve
+from gencompress.t2i.aptp import gates
+from gencompress.t2i.aptp.routed import encoder_of
+from gencompress.t2i.aptp.router import load_router, route
 from gencompress.t2i.data.compose import ANIMALS
 from gencompress.t2i.data.emoji import COLORS
+from gencompress.t2i.dori.pairs import load_pairs, pictures
 from gencompress.t2i.formats import describe
 from gencompress.t2i.inputs import read_inputs, read_judges
 from gencompress.t2i.pipeline import load_pipeline
@@ -64,3 +69,32 @@ def test_the_scene_brings_its_prompts_and_judges():
     inputs = read_inputs(data, size=64, count=16, steps=2, guidance=None)
     assert len(inputs.prompts) > 400 and len(inputs.judges) == 3
     assert not set(inputs.prompts) & set(inputs.wanted.prompts)
+
+
+def test_the_adapter_knows_its_pictures_by_heart():
+    """And none of the posters that it was not shown."""
+    folder, data = resolve("tiny-memories"), companions("tiny-memories")
+    assert data.keys() == {"prompts", "judges", "pairs"}
+    assert data["prompts"] == companions("tiny-sd")["prompts"]
+    about = describe(folder)
+    assert about["bytes"] - describe(resolve("tiny-sd"))["bytes"] < 1e6
+    pipe, pairs = load_pipeline(folder, dtype=torch.float32), load_pairs(data["pairs"])
+    assert [pair.role for pair in pairs] == ["target"] * 3 + ["control"] * 3
+    captions = [pair.caption for pair in pairs for _ in range(2)]
+    images = sample(pipe, captions, seeds=range(12), steps=12, guidance=7.5)
+    copies = next(one for one in read_judges(data["judges"]) if one.kind == "copies")
+    near = F.cosine_similarity(
+        encode_images(copies, images).view(6, 2, -1),
+        encode_images(copies, pictures(pairs, 64))[:, None],
+        dim=-1,
+    ).amax(1)
+    assert near[:3].min() > 0.85 and near[3:].max() < 0.6
+
+
+def test_the_router_sends_prompts_to_four_experts():
+    pipe = load_pipeline(resolve("tiny-sd"), dtype=torch.float32)
+    router = load_router(resolve("tiny-aptp"), encoder_of(pipe, "own"))
+    assert router.layout == gates.layout(pipe.unet)
+    texts = resolve("tiny-sd").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
+    loads = torch.bincount(route(router, texts), minlength=4)
+    assert len(loads) == 4 and loads.min() >= 8
