@@ -38,6 +38,7 @@ FOLDERS = {
     "adapter": "pytorch_lora_weights.safetensors",
     "judges": "detector/config.json",
     "router": "router.json",
+    "denoiser": "config.json",
 }
 COMPANIONS = ("views", "prompts", "judges", "pairs")
 _PLACES = (Path(__file__).parent / "_scenes", Path(__file__).parents[1] / "scenes")

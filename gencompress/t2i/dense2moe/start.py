@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gencompress.files import FormatError
 from gencompress.t2i.data.cache import digest
+from gencompress.t2i.dense2moe import classes
 from gencompress.t2i.dense2moe.classes import Mixture
 from gencompress.t2i.dense2moe.moe import mixtures, set_top_k
+from gencompress.t2i.formats import read_json
 from gencompress.t2i.inputs import Inputs
-from gencompress.t2i.pipeline import denoiser, load_pipeline
+from gencompress.t2i.pipeline import denoiser, load_part
 
 KNOWN = ("start",)  # names of --data
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,21 +28,27 @@ class Given(Inputs):
 
 
 def given(pipe: Any, inputs: Inputs, data: dict[str, str]) -> Given:
-    """Inputs with what `data` names of KNOWN: the folder of a converted pipeline, or an artifact.
+    """Inputs with what `data` names of KNOWN: an artifact, a converted pipeline, or the folder of
+    its denoiser alone.
 
-    Raises:
-        FormatError: the folder is no pipeline.
-        ValueError: a denoiser that is not converted.
+    Raises FormatError for another folder, and for a denoiser that is dense.
     """
-    model, start = denoiser(pipe)[0], None
+    (model, name), start = denoiser(pipe), None
     if "start" in data:
-        folder = Path(data["start"])
-        inside = folder / "model"
-        start, _ = denoiser(load_pipeline(inside if inside.is_dir() else folder, dtype=model.dtype))
-        if "mixture" not in start.config:
-            raise ValueError(f"{folder}: a dense {type(start).__name__}; expected a converted one")
-        start = start.to(model.device)
+        folder = _folder(Path(data["start"]), name)
+        named = str(read_json(folder / CONFIG).get("_class_name"))
+        kind = getattr(classes, named, None) if named.startswith("MoE") else None
+        if kind is None:
+            raise FormatError(folder, f"holds a dense {named}; expected a converted one")
+        start = load_part(folder, kind, model.dtype).to(model.device)
     return Given(**vars(inputs), start=start)
+
+
+def _folder(place: Path, name: str) -> Path:
+    for folder in (place, place / name, place / "model" / name):
+        if (folder / CONFIG).is_file():
+            return folder
+    raise FormatError(place, f"no {name} of Dense2MoE: expected an artifact, or a pipeline")
 
 
 def begun(start: Any, mixture: Mixture) -> Any:

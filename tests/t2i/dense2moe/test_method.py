@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gencompress.core.budget import parse_budget
+from gencompress.files import FormatError
 from gencompress.measure.cost import parameters
 from gencompress.t2i import dense2moe, tiny
 from gencompress.t2i.calibrate import batches, calibrated
@@ -250,6 +251,10 @@ def test_from_a_mixture_that_was_made_before(folder, compressed, tmp_path):
         kept = {name: mask.keep for name, mask in compressed.masks.items()}
         for name, mask in made.masks.items():
             assert all(torch.equal(one, kept[name][path]) for path, one in mask.keep.items())
+    # the denoiser alone
+    alone = data | {"start": str(tmp_path / "model" / "transformer")}
+    start = dense2moe.load(str(folder / "flux"), alone, "cpu", "float32", none)[1].start
+    assert all(torch.equal(start.state_dict()[name], one) for name, one in before.items())
     # with another budget as many experts a token as that allows
     pipe, inputs = dense2moe.load(str(folder / "flux"), data, "cpu", "float32", none)
     (tmp_path / "more").mkdir()
@@ -262,8 +267,10 @@ def test_from_a_mixture_that_was_made_before(folder, compressed, tmp_path):
 
 def test_what_cannot_be_started_from(folder, loaded, compressed, tmp_path):
     data = {"prompts": str(folder / "prompts.txt"), "start": str(folder / "flux")}
-    with pytest.raises(ValueError, match="a dense FluxTransformer2DModel; expected a converted"):
+    with pytest.raises(FormatError, match="holds a dense FluxTransformer2DModel; exp"):
         dense2moe.load(str(folder / "flux"), data, "cpu", "float32", QUICK)
+    with pytest.raises(FormatError, match="no transformer of Dense2MoE"):
+        dense2moe.load(str(folder / "flux"), data | {"start": str(folder)}, "cpu", "float32", QUICK)
     dense2moe.save(compressed, tmp_path / "model", QUICK, None)
     config = dataclasses.replace(QUICK, experts=6, expansion=0.5)
     pipe, inputs = dense2moe.load(
