@@ -63,6 +63,8 @@ def load(
         size=config.size, images=config.images, steps=config.steps, guidance=config.guidance,
     )  # fmt: skip
     expect_plain(pipe)
+    if config.pruner == "wanda" and config.scope != wanda.TEXT:
+        _expect_calls(pipe, config)
     copies = next((judge for judge in inputs.judges if judge.kind == "copies"), None)
     if copies is None:
         raise ValueError("no copy detector: expected --data judges=FOLDER with a folder copies")
@@ -230,6 +232,17 @@ def preview(
 def sample(model: Cleaned, data: Memories, folder: Path) -> list[Path]:
     """Pictures of the held-out prompts, and a sheet of them."""
     return write_samples(model.pipe, data.inputs.wanted, folder)
+
+
+def _expect_calls(pipe: Any, config: Config) -> None:
+    """Refuses before the work more calls than sampling makes."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(config.steps)
+    if len(scheduler.timesteps) < config.calls:
+        raise ValueError(
+            f"calls {config.calls}: {config.steps} sampling steps call the denoiser "
+            f"{len(scheduler.timesteps)} times"
+        )
 
 
 def _share(budget: Budget) -> float:

@@ -2,6 +2,7 @@
 after, arms beside it, and refusals."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -322,6 +323,12 @@ def test_data_that_is_missing(place, drop, add, said):
     data = {name: path for name, path in (data | add).items() if name != drop}
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         dori.load(str(place / "sd"), data, "cpu", "float32", Config(**QUICK))
+
+
+def test_more_calls_than_sampling_makes_are_refused(place):
+    wrong = dataclasses.replace(Config(**QUICK), calls=5, steps=4)
+    with pytest.raises(ValueError, match="calls 5: 4 sampling steps call the denoiser 4 times"):
+        dori.load(str(place / "sd"), named(place), "cpu", "float32", wrong)
 
 
 def test_another_pipeline_is_refused(place, tmp_path):
