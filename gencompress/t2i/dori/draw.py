@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gencompress.core.progress import Progress, quiet
+from gencompress.t2i.formats import plain_name
 from gencompress.t2i.pipeline import denoiser, encode_prompts, hushed, with_parts
 from gencompress.t2i.sample import default_size
 
@@ -48,7 +49,7 @@ class Clock:
 def expect_unet(pipe: Any) -> Any:
     """The U-Net. Raises ValueError for a denoiser of another class, or one of flows."""
     model, _ = denoiser(pipe)
-    kind = type(model).__name__.removeprefix("Cut")
+    kind = plain_name(type(model).__name__)
     predicted = pipe.scheduler.config.get("prediction_type")
     if kind != "UNet2DConditionModel" or predicted not in ("epsilon", "v_prediction"):
         raise ValueError(

@@ -8,6 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from gencompress import audit as room
@@ -16,8 +17,10 @@ from gencompress.core.budget import parse_budget
 from gencompress.core.mask import Compressed
 from gencompress.recipe import Recipe
 from gencompress.t2i import tiny
+from gencompress.t2i.dense2moe.convert import convert
+from gencompress.t2i.dense2moe.layout import Layout, structure
 from gencompress.t2i.optiprune import settings as optiprune
-from gencompress.t2i.pipeline import hushed, save_pipeline
+from gencompress.t2i.pipeline import hushed, save_pipeline, with_denoiser
 
 QUICK = ("--steps", 2, "--draws", 2, "--seeds", 2, "--sampling-steps", 2, "--size", 32, "--quiet")
 HOSTILE = "a red <script>alert(1)</script> | car"
@@ -130,6 +133,17 @@ def test_artifacts(call, made, place, tmp_path, monkeypatch):
     found = plain(str(target), place / "pairs.csv", tmp_path / "one", given)
     direct = plain(str(place / "sd"), place / "pairs.csv", tmp_path / "two", given)
     assert found["notes"] == [] and found["model"] == direct["model"]
+    # of dense2moe the mixture
+    chance = torch.Generator().manual_seed(0)
+    mixture = structure(made.unet, Layout(top_k=2))
+    scores = {
+        path: torch.rand(shared + count * width, generator=chance) + 0.5
+        for path, (shared, count, width, _) in mixture["experts"].items()
+    }
+    mixed = with_denoiser(made, convert(made.unet, mixture, scores, chance).eval())
+    target = artifact(tmp_path / "moe", "dense2moe", lambda folder: save_pipeline(mixed, folder))
+    found = plain(str(target), place / "pairs.csv", tmp_path / "mixed", given)
+    assert found["model"] != direct["model"] and found["pictures"][0]["losses"]["caption"]
     # of optiprune its pipeline while tokens are pruned, if any are
     for ratio, same in ((0.0, True), (0.5, False)):
         pruned = optiprune.OptiPruned(
@@ -160,8 +174,6 @@ def test_experts_are_audited_with_the_captions_they_draw(made, place, tmp_path, 
     def pipeline_of(of, expert):
         asked.append(expert)
         return made
-
-    import torch
 
     monkeypatch.setattr(routed, "pipeline_of", pipeline_of)
     monkeypatch.setattr(router, "route", lambda _, texts: torch.tensor([1, 0, 1]))
