@@ -27,6 +27,8 @@ CARD_SIZE = 1 << 20  # bytes of a card that are looked at
 DOWN, UP, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
 OLD = {"lora.down.weight": DOWN, "lora.up.weight": UP}  # how older versions of diffusers named them
 SETTINGS = "lora_adapter_metadata"  # in the header: JSON, with PEFT's rank and alpha
+# no path that leads elsewhere
+BASE = re.compile(r"^base_model: *[\"']?(\w[\w.-]*(?:/\w[\w.-]*)?)[\"']? *$", re.MULTILINE)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # ends of paths of layers
 
 
@@ -88,7 +90,7 @@ def save_lora(
 
 def base_of(folder: Path) -> str | Path:
     """The pipeline that an adapter was made for: a folder beside its own, or a hub's name. Raises
-    FormatError if its card does not say."""
+    FormatError if its card does not say, names a place elsewhere, or names another adapter."""
     card = folder / CARD
     try:
         with card.open(encoding="utf-8") as file:
@@ -96,13 +98,17 @@ def base_of(folder: Path) -> str | Path:
     except (OSError, ValueError):
         text = ""
     front = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
-    named = front and re.search(r"^base_model: *[\"']?([\w./-]+)[\"']? *$", front[1], re.MULTILINE)
-    if not named:
-        raise FormatError(card, f"expected a front matter with base_model: of what {FILE} adapts")
-    name = named[1]
-    if "/" not in name and name.strip("."):
-        return folder.parent / name
-    return name
+    named = front and BASE.search(front[1])
+    if not named or ".." in named[1]:
+        raise FormatError(
+            card, "expected a front matter with base_model: and owner/name, or a folder beside this"
+        )
+    name, beside = named[1], folder.parent / named[1]
+    if "/" in name:
+        return name
+    if (beside / FILE).is_file():
+        raise FormatError(card, f"base_model {name}: an adapter too; expected a pipeline")
+    return beside
 
 
 @torch.no_grad()
@@ -134,15 +140,20 @@ def merge(model: nn.Module, name: str, folder: Path) -> None:
         if not {DOWN, UP} <= {*parts}:
             raise FormatError(path, f"{layer}: has not both {DOWN} and {UP}")
         down, up = parts[DOWN].float(), parts[UP].float()
-        fits = min(down.ndim, up.ndim) > 1 and up.flatten(1).shape == (len(weight), len(down))
+        fits = min(down.ndim, up.ndim) > 1 and len(down) > 0
+        fits = fits and up.flatten(1).shape == (len(weight), len(down))
         if not fits or down.shape[1:] != weight.shape[1:]:
             raise FormatError(
                 path,
                 f"{layer}: {tuple(up.shape)} of {tuple(down.shape)}, for a weight of "
                 f"{tuple(weight.shape)}",
             )
-        alpha = parts.get(ALPHA, header.get(layer, header.get("")))
-        factor = 1.0 if alpha is None else float(alpha) / len(down)
+        alpha = header.get(layer, header.get("", len(down)))
+        if ALPHA in parts:
+            if parts[ALPHA].numel() != 1:
+                raise FormatError(path, f"{layer}: alpha of {parts[ALPHA].numel()} numbers")
+            alpha = parts[ALPHA].item()
+        factor = float(alpha) / len(down)
         added = factor * (up.flatten(1) @ down.flatten(1)).view_as(weight)
         weight.copy_((weight.float() + added.to(weight.device)).to(weight.dtype))
 

@@ -138,13 +138,32 @@ def test_a_plain_name_is_a_folder_beside(folder):
 
 
 @pytest.mark.parametrize(
-    "card", [None, "", "base_model: a/b\n", "---\ntags: a\n---\nbase_model: a/b\n", b"\xff\xfe"]
+    "card",
+    [
+        None,
+        "",
+        "base_model: a/b\n",
+        "---\ntags: a\n---\nbase_model: a/b\n",
+        b"\xff\xfe",
+        *(f"---\nbase_model: {x}\n---\n" for x in ("../x", "..", "a/..", "/etc", "a/b/c", "a\\b")),
+    ],
 )
 def test_no_base(folder, card):
     if card is not None:
         (folder / lora.CARD).write_bytes(card if isinstance(card, bytes) else card.encode())
     with pytest.raises(FormatError, match=r"README.md.*base_model"):
         base_of(folder)
+
+
+def test_no_adapter_of_an_adapter(folder):
+    """Two that name each other would never end."""
+    other = folder.parent / "other"
+    other.mkdir()
+    for one, base in ((folder, "other"), (other, "adapter")):
+        (one / lora.CARD).write_text(f"---\nbase_model: {base}\n---\n")
+        save_file({"a": torch.zeros(1)}, one / lora.FILE)
+    with pytest.raises(FormatError, match="base_model other: an adapter too"):
+        load_pipeline(folder)
 
 
 BAD = {
@@ -155,6 +174,8 @@ BAD = {
     "half": "has not both",
     "shape": r"for a weight of \(",
     "flat": r"for a weight of \(",
+    "rank 0": r"for a weight of \(",
+    "alphas": "alpha of 2 numbers",
     "header": "no adapter",
     "list": "no adapter",
     "text": "no adapter",
@@ -178,6 +199,10 @@ def test_bad_files(unet, folder, generator, what):
         tensors[a] = torch.randn(2, down.shape[1] + 1)
     elif what == "flat":
         tensors[b] = torch.randn(2)
+    elif what == "rank 0":
+        tensors |= {a: down[:0], b: up[:, :0]}
+    elif what == "alphas":
+        tensors[f"unet.{LINEAR}.alpha"] = torch.ones(2)
     elif what == "header":
         notes = {lora.SETTINGS: "{"}
     elif what == "list":
