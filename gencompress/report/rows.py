@@ -306,7 +306,9 @@ def _shared(rows: Sequence[Sequence[dict[str, Any]]], at_least: int = 2) -> list
     for of_artifact in rows:
         for key in dict.fromkeys((r["group"], r["name"], r["unit"]) for r in of_artifact):
             count[key] = count.get(key, 0) + 1
-    kept = sorted((k for k in count if count[k] >= at_least), key=lambda k: GROUPS.index(k[0]))
+    # what most of them have comes first: artifacts of several methods share little
+    many = [key for key in count if count[key] >= at_least]
+    kept = sorted(many, key=lambda key: (-count[key], GROUPS.index(key[0])))
     return [dict(zip(("group", "name", "unit"), key, strict=True)) for key in kept]
 
 
