@@ -1,5 +1,6 @@
 """Fixtures of the whole suite."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder} (set GENCOMPRESS_DATA)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def load_tool():
+    """Imports a module of tools/ by its name."""
+    place = str(Path(__file__).resolve().parents[1] / "tools")
+    sys.path.insert(0, place)
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(place)
 
 
 @pytest.fixture

@@ -1,24 +1,16 @@
 """tools/gpu_check.py without a GPU: its cases run, break apart, and are those of all ops."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from gencompress_kernels import dispatch
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        yield importlib.import_module("gpu_check")
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
+def tool(load_tool):
+    return load_tool("gpu_check")
 
 
 def test_every_op_has_a_case_and_a_place_in_the_plan(tool):

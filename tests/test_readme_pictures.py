@@ -1,30 +1,20 @@
 """The tool that draws the picture of the README from a demo."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 from PIL import Image
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
-
 
 @pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(TOOLS))
-    try:
-        yield importlib.import_module("readme_pictures")
-    finally:
-        sys.path.remove(str(TOOLS))
+def tool(load_tool):
+    return load_tool("readme_pictures")
 
 
 def test_before_above_after(tool, tmp_path):
-    for name, artifact, before, after, tiles in tool.COLUMNS[:4]:
+    for name, before, after, tiles in tool.COLUMNS[:4]:
         if name == "mesh":
             continue  # a method that was not run has no column
         for file, colour in ((before, "#ff0000"), (after, "#0000ff")):
-            path = tmp_path / "demo" / artifact / "preview" / file
+            path = tmp_path / "demo" / name / "preview" / file
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (600, 300) if tiles else (64, 64), colour).save(path)
     tool.draw(tmp_path / "demo", tmp_path / "new" / "sheet.png")

@@ -1,7 +1,6 @@
 """The embedded scenes are what tools/make_scenes.py makes, and fit to be shown."""
 
 import dataclasses
-import importlib
 import sys
 from pathlib import Path
 
@@ -23,12 +22,8 @@ FOLDER = ROOT / "scenes" / "still_life"
 
 
 @pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        yield importlib.import_module("make_scenes")
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
+def tool(load_tool):
+    return load_tool("make_scenes")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The chair and the mug: surfaces with the stated holes, wrapped ones without, and photos of the
 former whose alpha is what the surface covers."""
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -35,12 +34,8 @@ BOX = {  # of the truth: low corner, high corner
 
 
 @pytest.fixture(scope="module")
-def tools():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        yield importlib.import_module("mesh_shapes"), importlib.import_module("mesh_scenes")
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
+def tools(load_tool):
+    return load_tool("mesh_shapes"), load_tool("mesh_scenes")
 
 
 def surface(name, file):

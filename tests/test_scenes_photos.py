@@ -1,6 +1,5 @@
 """The embedded photos are what tools/make_scenes.py draws, and the trained scene shows them."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -30,12 +29,8 @@ TRAINED = ROOT / "scenes" / "still_life_trained"
 
 
 @pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        yield importlib.import_module("photos_scene")
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
+def tool(load_tool):
+    return load_tool("photos_scene")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """tools/study_optiprune.py: what it draws, counts and keeps."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from gencompress.t2i import tiny
 from gencompress.t2i.data.compose import SUBJECTS
 from gencompress.t2i.pipeline import hushed
 
-ROOT = Path(__file__).resolve().parents[1]
 LABELS = ("cat", "dog", "bird", "car", "a word that no scene has")
 SETTINGS = [
     "--seeds=2", "--steps=2", "--rounds=1", "--noise-steps=1", "--batch=4", "--arms", "plain",
@@ -22,12 +19,8 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        yield importlib.import_module("study_optiprune")
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
+def tool(load_tool):
+    return load_tool("study_optiprune")
 
 
 def probabilities(pixels):

@@ -2,10 +2,8 @@
 
 import csv
 import dataclasses
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,18 +19,13 @@ from gencompress.t2i.evaluate import subjects
 from gencompress.t2i.inputs import read_inputs
 from gencompress.t2i.pipeline import encode_prompts, load_pipeline
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("vae", "clip", "latents", "sd", "flux", "guided", "judge", "detector", "copies")
 TEXTS = ["a red car", "an owl and a blue cat on a white background", ""]
 
 
 @pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        yield importlib.import_module("train_tiny")
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
+def tool(load_tool):
+    return load_tool("train_tiny")
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE, GAP, TEXT = 150, 6, 22  # pixels
 TILE, FROM = 192, 4  # of a picture on a sheet of text-to-image previews, and where the first begins
-# label, artifact, pictures before and after; of a sheet, the number of the tile
+# artifact, pictures before and after; of a sheet, the number of the tile
 COLUMNS = (
-    ("splat", "splat", "view-03-before.png", "view-03-after.png", None),
-    ("mesh", "mesh", "view-01-before.png", "view-01-after.png", None),
-    ("nerf", "nerf", "view-00-before.png", "view-00-after.png", None),
-    ("prune", "prune", "before_1.png", "after_1.png", (0, 0)),
-    ("optiprune", "optiprune", "before_1.png", "after_1.png", (0, 0)),
-    ("aptp", "aptp", "expert-1/before_1.png", "expert-1/after_1.png", (0, 0)),
-    ("dori", "dori", "memory_1.png", "memory_1.png", (1, 4)),
+    ("splat", "view-03-before.png", "view-03-after.png", None),
+    ("mesh", "view-01-before.png", "view-01-after.png", None),
+    ("nerf", "view-00-before.png", "view-00-after.png", None),
+    ("prune", "before_1.png", "after_1.png", (0, 0)),
+    ("optiprune", "before_1.png", "after_1.png", (0, 0)),
+    ("aptp", "expert-1/before_1.png", "expert-1/after_1.png", (0, 0)),
+    ("dori", "memory_1.png", "memory_1.png", (1, 4)),
 )
 
 
@@ -36,17 +36,17 @@ def picture(path: Path, tile: int | None) -> Image.Image:
 
 
 def draw(demo: Path, out: Path) -> None:
-    there = [column for column in COLUMNS if (demo / column[1] / "preview").is_dir()]
+    there = [column for column in COLUMNS if (demo / column[0] / "preview").is_dir()]
     width, height = len(there) * (SIDE + GAP) + GAP, TEXT + 2 * (SIDE + GAP)
     sheet = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for number, (label, artifact, before, after, tiles) in enumerate(there):
+    for number, (name, before, after, tiles) in enumerate(there):
         x = GAP + number * (SIDE + GAP)
-        pen.text((x, 2), label, fill="#222222", font=font)
-        for row, name in enumerate((before, after)):
+        pen.text((x, 2), name, fill="#222222", font=font)
+        for row, file in enumerate((before, after)):
             tile = None if tiles is None else tiles[row]
             place = (x, TEXT + row * (SIDE + GAP))
-            sheet.paste(picture(demo / artifact / "preview" / name, tile), place)
+            sheet.paste(picture(demo / name / "preview" / file, tile), place)
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out, optimize=True)
 

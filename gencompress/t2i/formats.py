@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gencompress.files import FormatError
-from gencompress.t2i import lora
 
 INDEX = "model_index.json"
+ADAPTER, CARD = "pytorch_lora_weights.safetensors", "README.md"
+CARD_SIZE = 1 << 20  # bytes of a card that are looked at
+# no path that leads elsewhere
+BASE = re.compile(r"^base_model: *[\"']?(\w[\w.-]*(?:/\w[\w.-]*)?)[\"']? *$", re.MULTILINE)
 DENOISERS = (
     "UNet2DConditionModel",
     "FluxTransformer2DModel",
@@ -53,7 +57,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     folder = folder.parent if folder.name == INDEX else folder
     if is_adapter(folder):
-        base, size = lora.base_of(folder), (folder / lora.FILE).stat().st_size
+        base, size = base_of(folder), (folder / ADAPTER).stat().st_size
         about = describe(base) if Path(base).is_dir() else {}
         more = {"bytes": about["bytes"] + size} if about else {}
         return about | more | {"adapts": str(base)}
@@ -104,7 +108,30 @@ def image_size(denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int | Non
 
 def is_adapter(folder: Path) -> bool:
     """Whether it is the folder of an adapter, and no pipeline: see t2i/lora.py."""
-    return (folder / lora.FILE).is_file() and not (folder / INDEX).exists()
+    return (folder / ADAPTER).is_file() and not (folder / INDEX).exists()
+
+
+def base_of(folder: Path) -> str | Path:
+    """The pipeline that an adapter was made for: a folder beside its own, or a hub's name. Raises
+    FormatError if its card does not say, names a place elsewhere, or names another adapter."""
+    card = folder / CARD
+    try:
+        with card.open(encoding="utf-8") as file:
+            text = file.read(CARD_SIZE)
+    except (OSError, ValueError):
+        text = ""
+    front = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
+    named = front and BASE.search(front[1])
+    if not named or ".." in named[1]:
+        raise FormatError(
+            card, "expected a front matter with base_model: and owner/name, or a folder beside this"
+        )
+    name, beside = named[1], folder.parent / named[1]
+    if "/" in name:
+        return name
+    if (beside / ADAPTER).is_file():
+        raise FormatError(card, f"base_model {name}: an adapter too; expected a pipeline")
+    return beside
 
 
 def read_index(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:

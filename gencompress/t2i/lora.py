@@ -3,14 +3,14 @@ and read as part of the weights.
 
 A layer's weight [O, I] gets up @ down added, up [O, R] and down [R, I]; of a convolution, down is
 [R, I, h, w] and up [O, R, 1, 1]. The folder of an adapter is what diffusers' training scripts
-leave: the file FILE and a README.md whose front matter names the pipeline it was made for.
+leave: the file `formats.ADAPTER`, and a README.md whose front matter names the pipeline it was made
+for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,15 +20,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gencompress.files import FormatError, save_tensors
+from gencompress.t2i.formats import ADAPTER, CARD
 
-FILE = "pytorch_lora_weights.safetensors"
-CARD = "README.md"
-CARD_SIZE = 1 << 20  # bytes of a card that are looked at
 DOWN, UP, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
 OLD = {"lora.down.weight": DOWN, "lora.up.weight": UP}  # how older versions of diffusers named them
 SETTINGS = "lora_adapter_metadata"  # in the header: JSON, with PEFT's rank and alpha
-# no path that leads elsewhere
-BASE = re.compile(r"^base_model: *[\"']?(\w[\w.-]*(?:/\w[\w.-]*)?)[\"']? *$", re.MULTILINE)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # ends of paths of layers
 
 
@@ -82,33 +78,10 @@ def save_lora(
     for path, (down, up) in adapters.items():
         tensors[f"{name}.{path}.{DOWN}"] = down.contiguous()
         tensors[f"{name}.{path}.{UP}"] = up.contiguous()
-    save_tensors(folder / FILE, tensors, {"format": "pt"})
     (folder / CARD).write_text(
         f"---\nbase_model: {base}\nlibrary_name: diffusers\ntags:\n- lora\n---\n", "utf-8"
     )
-
-
-def base_of(folder: Path) -> str | Path:
-    """The pipeline that an adapter was made for: a folder beside its own, or a hub's name. Raises
-    FormatError if its card does not say, names a place elsewhere, or names another adapter."""
-    card = folder / CARD
-    try:
-        with card.open(encoding="utf-8") as file:
-            text = file.read(CARD_SIZE)
-    except (OSError, ValueError):
-        text = ""
-    front = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
-    named = front and BASE.search(front[1])
-    if not named or ".." in named[1]:
-        raise FormatError(
-            card, "expected a front matter with base_model: and owner/name, or a folder beside this"
-        )
-    name, beside = named[1], folder.parent / named[1]
-    if "/" in name:
-        return name
-    if (beside / FILE).is_file():
-        raise FormatError(card, f"base_model {name}: an adapter too; expected a pipeline")
-    return beside
+    save_tensors(folder / ADAPTER, tensors, {"format": "pt"})  # last: with it the folder is whole
 
 
 @torch.no_grad()
@@ -121,7 +94,7 @@ def merge(model: nn.Module, name: str, folder: Path) -> None:
     Raises:
         FormatError: the file is none of diffusers', or it adapts another model.
     """
-    path = folder / FILE
+    path = folder / ADAPTER
     tensors, header = _read(path)
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

@@ -28,6 +28,7 @@ from gencompress.t2i.formats import (
     DENOISERS,
     INDEX,
     OWN,
+    base_of,
     denoiser_name,
     describe,
     float_type,
@@ -72,7 +73,7 @@ def load_pipeline(
     """
     folder = _folder(source)
     if is_adapter(folder):
-        made = load_pipeline(lora.base_of(folder), device, dtype)
+        made = load_pipeline(base_of(folder), device, dtype)
         lora.merge(*denoiser(made), folder)
         return made
     index, kinds = read_index(folder)

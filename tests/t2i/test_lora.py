@@ -10,7 +10,8 @@ from torch import nn
 
 from gencompress.files import FormatError
 from gencompress.t2i import lora, tiny
-from gencompress.t2i.lora import adapted, base_of, merge, save_lora
+from gencompress.t2i.formats import ADAPTER, CARD, base_of
+from gencompress.t2i.lora import adapted, merge, save_lora
 from gencompress.t2i.pipeline import hushed, load_pipeline, save_pipeline
 
 CONV, LINEAR = "conv_in", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -70,7 +71,7 @@ def test_none_of_rank_0(unet):
 def test_written_and_read(unet, folder, generator):
     adapter = random_adapter(unet, generator)
     save_lora(adapter, folder, "unet", "pipeline")
-    assert {*load_file(folder / lora.FILE)} == {
+    assert {*load_file(folder / ADAPTER)} == {
         f"unet.{LINEAR}.lora_A.weight", f"unet.{LINEAR}.lora_B.weight"
     }  # fmt: skip
     down, up = adapter[LINEAR]
@@ -114,7 +115,7 @@ def test_alpha_and_names(unet, folder, generator, how):
         notes = {"unet.lora_alpha": 1, "unet.alpha_pattern": {LINEAR: 6}}
     else:
         factor = 1.0
-    save_file(tensors, folder / lora.FILE, {lora.SETTINGS: json.dumps(notes)})
+    save_file(tensors, folder / ADAPTER, {lora.SETTINGS: json.dumps(notes)})
     merge(unet, "unet", folder)
     found = unet.get_parameter(f"{LINEAR}.weight")
     torch.testing.assert_close(found, before + factor * up @ down)
@@ -128,12 +129,12 @@ def test_alpha_and_names(unet, folder, generator, how):
     ],
 )
 def test_cards(folder, card, base):
-    (folder / lora.CARD).write_text(card)
+    (folder / CARD).write_text(card)
     assert base_of(folder) == base
 
 
 def test_a_plain_name_is_a_folder_beside(folder):
-    (folder / lora.CARD).write_text("---\nbase_model: other\n---\n")
+    (folder / CARD).write_text("---\nbase_model: other\n---\n")
     assert base_of(folder) == folder.parent / "other"
 
 
@@ -150,7 +151,7 @@ def test_a_plain_name_is_a_folder_beside(folder):
 )
 def test_no_base(folder, card):
     if card is not None:
-        (folder / lora.CARD).write_bytes(card if isinstance(card, bytes) else card.encode())
+        (folder / CARD).write_bytes(card if isinstance(card, bytes) else card.encode())
     with pytest.raises(FormatError, match=r"README.md.*base_model"):
         base_of(folder)
 
@@ -160,8 +161,8 @@ def test_no_adapter_of_an_adapter(folder):
     other = folder.parent / "other"
     other.mkdir()
     for one, base in ((folder, "other"), (other, "adapter")):
-        (one / lora.CARD).write_text(f"---\nbase_model: {base}\n---\n")
-        save_file({"a": torch.zeros(1)}, one / lora.FILE)
+        (one / CARD).write_text(f"---\nbase_model: {base}\n---\n")
+        save_file({"a": torch.zeros(1)}, one / ADAPTER)
     with pytest.raises(FormatError, match="base_model other: an adapter too"):
         load_pipeline(folder)
 
@@ -209,9 +210,9 @@ def test_bad_files(unet, folder, generator, what):
         notes = {lora.SETTINGS: "[1]"}
     elif what == "text":
         notes = {lora.SETTINGS: '{"unet.lora_alpha": "x"}'}
-    save_file(tensors, folder / lora.FILE, notes)
+    save_file(tensors, folder / ADAPTER, notes)
     if what == "cut":
-        path = folder / lora.FILE
+        path = folder / ADAPTER
         path.write_bytes(path.read_bytes()[:-8])
     before = copy.deepcopy(unet.state_dict())
     with pytest.raises(FormatError, match=BAD[what]):
@@ -226,6 +227,6 @@ def test_a_layer_of_a_norm(unet, folder):
         f"unet.{name}.{lora.DOWN}": torch.randn(2, 4),
         f"unet.{name}.{lora.UP}": torch.randn(4, 2),
     }
-    save_file(tensors, folder / lora.FILE)
+    save_file(tensors, folder / ADAPTER)
     with pytest.raises(FormatError, match="for a weight of"):
         merge(unet, "unet", folder)

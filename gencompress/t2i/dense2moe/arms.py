@@ -110,9 +110,10 @@ def staged(
     else:
         student = begun(start, mixture)
     objective = Objective(config.features, config.balance)
-    run, log = f"dense2moe {config}", Log()
+    run = f"dense2moe {config}"
     if start is not None:
         run = f"{run} from {routers_digest(start)}"
+    log: Log = []
     for stage, steps in (
         ("shared", config.shared_steps),
         ("experts", config.expert_steps),

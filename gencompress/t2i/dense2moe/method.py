@@ -113,14 +113,15 @@ def compress(
     seen = calibrated(model, data, config.latents, workdir, progress)
     chosen = batches(seen, model, config.batches, config.batch, generator)
     scores = importance(inside, chosen, progress)
+    start = data.start if isinstance(data, Given) else None
     embeddings = None
-    if config.adaln != "full":
+    if config.adaln != "full" and start is None:
         chance = draws(seeds(generator, EMBEDDED), inside.device)
         pooled = seen.rows["pooled_projections"]
         embeddings = adaln.embeddings(inside, pooled[_cycle(len(pooled))], chance)
     made, log = staged(
         model, seen, mixture, scores, embeddings, config, workdir, generator, progress,
-        data.start if isinstance(data, Given) else None,
+        start,
     )  # fmt: skip
     about: dict[str, Any] = {"kind": "mixture", "stored": stored_type(inside)}
     student, _ = denoiser(made)

@@ -2,10 +2,7 @@
 the pairs file says, and that a stopped run goes on."""
 
 import csv
-import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,18 +15,13 @@ from gencompress.t2i.dori.pairs import check_captions, load_pairs, pictures
 from gencompress.t2i.pipeline import hushed, load_pipeline, save_pipeline
 from gencompress.t2i.train import Training
 
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
 HOW = Training(3, 4, 1e-3, precision="pure-bf16", save_steps=1)
 NUM_OTHERS = 6
 
 
 @pytest.fixture(scope="module")
-def tool():
-    sys.path.insert(0, str(TOOLS))
-    try:
-        yield importlib.import_module("memorise")
-    finally:
-        sys.path.remove(str(TOOLS))
+def tool(load_tool):
+    return load_tool("memorise")
 
 
 @pytest.fixture(scope="module")
