@@ -156,10 +156,51 @@ def test_devices_never_share_a_speed_column(tmp_path):
         (None, ["somewhere"]),
         (None, ["somewhere else"]),
     ]
-    first_table = page[page.index("<table") : page.index("</table>")]
-    assert "faster" not in first_table and "render time" not in first_table
+    first = page.split('<table class="compared', 2)[1].split("</table>")[0]
+    assert "faster" not in first and "render time" not in first
     assert page.index("Speed on NVIDIA H100") > page.index("Speed on AMD EPYC, 2 cores")
     assert "a device that was not recorded" in page and "compared across" in words
+
+
+def test_several_begin_with_one_number_of_each_kind(tmp_path):
+    macs = dict(ROWS[0], name="MACs per forward", unit="MACs", before=8e9, after=2e9)
+    folders = [
+        make_artifact(tmp_path / "a", title="splats", views=1),
+        make_artifact(tmp_path / "b", title="pipeline", method="prune", measurements=[macs]),
+        make_artifact(tmp_path / "c", title="nothing", method="dori", measurements=[]),
+    ]
+    page, words, report = written(folders, tmp_path / "report")
+    kinds = ("size", "cost", "quality", "speed")
+    names = [[row[kind] and row[kind]["name"] for kind in kinds] for row in report["overview"]]
+    assert names == [
+        ["file size", "splats", "PSNR", "render time"],
+        [None, "MACs per forward", None, None],
+        [None] * 4,
+    ]
+    table = page[page.index('<table class="overview"') : page.index("</table>")]
+    for shown in ("27.3\N{NO-BREAK SPACE}MB", "4.00× smaller", "4.00× less", "1.90× faster"):
+        assert shown in table
+    assert table.count("—") == 7 and table.count('class="peek"') == 3
+    assert "on AMD EPYC" not in table  # the only one
+    assert page.index("<details><summary>What two or more") > page.index("</table>")  # of methods
+    assert (
+        "file size 6.82\N{NO-BREAK SPACE}MB, was 27.3\N{NO-BREAK SPACE}MB (4.00× smaller)" in words
+    )
+    _, words, report = written(folders[:1], tmp_path / "one")
+    assert report["overview"] == [] and "Overview" not in words
+
+
+def test_speeds_of_an_overview_name_their_devices(tmp_path):
+    folders = [
+        make_artifact(tmp_path / "a"),
+        make_artifact(tmp_path / "b", device=GPU),
+        make_artifact(tmp_path / "c", device={}),
+    ]
+    page, words, _ = written(folders, tmp_path / "report")
+    table = page[page.index('<table class="overview"') : page.index("</table>")]
+    for device in ("AMD EPYC, 2 cores", "NVIDIA H100", "a device that was not recorded"):
+        assert f"on {device}" in table and f"on {device}" in words
+    assert "What two or more" not in page  # one method: the comparison is open
 
 
 def test_an_artifact_with_nothing_in_it_still_has_a_page(tmp_path):

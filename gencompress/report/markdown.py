@@ -10,7 +10,10 @@ from urllib.parse import quote
 
 from gencompress.report import rows, text
 from gencompress.report.figures import curve_tables, density_table
+from gencompress.report.headline import COLUMNS, headline
 from gencompress.report.page import facts, lede, recipe_listing
+
+NO_DEVICE = "a device that was not recorded"
 
 
 def render(report: dict[str, Any]) -> str:
@@ -18,6 +21,7 @@ def render(report: dict[str, Any]) -> str:
     artifacts = report["artifacts"]
     lines = [f"# {escape(report['title'])}", ""]
     if len(artifacts) > 1:
+        lines += ["## Overview", "", *_overview(report["overview"]), ""]
         lines += _comparison(report["comparison"])
     for a in artifacts:
         if len(artifacts) > 1:
@@ -34,7 +38,7 @@ def escape(words: Any) -> str:
 
 def _artifact(a: dict[str, Any], level: str) -> list[str]:
     lines = [escape(lede(a)), ""]
-    figures = rows.headline(a)
+    figures = headline(a)
     if figures:
         lines += ["**" + ", ".join(escape(f"{f['figure']} {f['label']}") for f in figures) + "**"]
         lines += [""]
@@ -90,10 +94,32 @@ def _measurement(row: dict[str, Any]) -> list[str]:
     return [row["name"], before, after, shown, verdict, spread, str(row["repeats"])]
 
 
+def _overview(overview: Sequence[dict[str, Any]]) -> list[str]:
+    body = []
+    timed = [row["speed"] for row in overview if row["speed"]]
+    several = len({cell["device"] or i for i, cell in enumerate(timed)}) > 1
+    for row in overview:
+        cells = [_name(row)]
+        for key in COLUMNS:
+            cell = row[key]
+            if cell is None:
+                cells.append(text.MISSING)
+                continue
+            words = rows.change_words(cell)
+            shown = f"{cell['name']} {rows.value_of(cell, 'after')}"
+            if words:
+                shown += f", was {rows.value_of(cell, 'before')} ({words})"
+            if key == "speed" and several:
+                shown += f", on {cell['device'] or NO_DEVICE}"
+            cells.append(shown)
+        body.append(cells)
+    return _table(["artifact", *COLUMNS], body, numbers=False)
+
+
 def _comparison(compared: dict[str, Any]) -> list[str]:
     lines = ["## Comparison", "", *_side_by_side(compared), ""]
     for block in compared["speed"]:
-        device = block["device"] or "a device that was not recorded"
+        device = block["device"] or NO_DEVICE
         lines += [f"### Speed on {escape(device)}", "", *_side_by_side(block), ""]
     if len(compared["speed"]) > 1:
         lines += ["Times depend on the device, so no value is compared across devices.", ""]

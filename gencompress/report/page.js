@@ -42,6 +42,18 @@
     image.complete ? look() : image.addEventListener("load", look);
   }
 
+  for (const cell of document.querySelectorAll(".peek")) { // the first view, small, of a sheet its first picture
+    const view = document.querySelector(`#${cell.dataset.of} .view`);
+    for (const image of view ? [...view.querySelectorAll("img")].slice(0, 2) : []) {
+      const [frame, small] = ["span", "img"].map((name) => document.createElement(name));
+      small.src = image.src;
+      small.alt = small.title = image.alt;
+      frame.style.setProperty("--columns", view.style.getPropertyValue("--columns") || 1);
+      frame.append(small);
+      cell.append(frame);
+    }
+  }
+
   for (const section of document.querySelectorAll("[data-views]")) {
     const views = [...section.querySelectorAll(".view")];
     if (views.length < 2) continue;

@@ -20,6 +20,7 @@ from gencompress.report.figures import (
     step_figures,
     together,
 )
+from gencompress.report.headline import COLUMNS, headline
 
 _HERE = Path(__file__).parent
 MAX_LOG_LINES = 400
@@ -61,7 +62,10 @@ def render(
         version=report["gencompress"],
         artifacts=artifacts,
         single=artifacts[0] if len(artifacts) == 1 else None,
+        overview=report["overview"],
+        columns=COLUMNS,
         compared=report["comparison"],
+        mixed=len({a["method"] for a in artifacts}) > 1,
         together=together(report["artifacts"]),
         values_are=_values_are(report["artifacts"]),
         devices=list(dict.fromkeys(a["device"] for a in artifacts if a["device"])),
@@ -96,7 +100,7 @@ def _for_page(
         "prompts": any(row["name"] == "same-seed PSNR" for row in a["measurements"]),
         "truth": rows.truth(a),
         "lede": lede(a),
-        "headline": rows.headline(a),
+        "headline": headline(a),
         "curve_figures": curve_figures(a["curves"]),
         "curve_heading": curve_heading(a["curves"]),
         "density_table": density_table(a["density"]),

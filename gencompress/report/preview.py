@@ -30,8 +30,9 @@ def read_previews(
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None, dict[str, str]]:
     """The views of `folder`/preview/index.json, the 3D scene or None, and the labels.
 
-    A view is {"name", "caption", "background", "legend", "before", "after", "difference"}, its
-    images data URIs or None; "legend" says what the colours of the difference mean. The scene is
+    A view is {"name", "caption", "background", "legend", "columns", "before", "after",
+    "difference"}, its images data URIs or None; "legend" says what the colours of the difference
+    mean, "columns" how many pictures each image is, side by side. The scene is
     {"kind": "splats" or "faces", "models", "counts", "camera", "background", "legend"}, or {"kind":
     None, "note"} where it is too large to embed. Models and counts are by name ("before", "after",
     "removed", as far as there are such files): base64 of .splat records or of a GLB. The labels
@@ -95,6 +96,10 @@ def _labels(path: Path, labels: Any) -> dict[str, str]:
 def _view(preview: Path, entry: dict[str, Any], number: int) -> dict[str, Any]:
     view = {key: entry.get(key) for key in ("caption", "background", "legend")}
     view["name"] = str(entry.get("name") or f"view {number}")
+    view["columns"] = entry.get("columns", 1)
+    if type(view["columns"]) is not int or view["columns"] < 1:
+        problem = f"columns {view['columns']!r} of {view['name']!r}, expected 1 or more"
+        raise FormatError(preview / "index.json", problem)
     for key in _IMAGES:
         view[key] = _data_uri(preview, str(entry[key])) if entry.get(key) else None
     return view

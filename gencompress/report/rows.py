@@ -17,7 +17,7 @@ from gencompress.report import text
 
 _KINDS = ("curve", "step", "density")  # of log rows with a place of their own
 GROUPS = ("size", "cost", "quality", "topology", "speed", "other")
-_COST_UNITS = {"MACs", "FLOPs", "GMACs", "GFLOPs"}
+COST_UNITS = {"MACs", "FLOPs", "GMACs", "GFLOPs"}
 _SIZE_UNITS = {"B", "bytes", "kB", "MB", "GB", "params", "parameters", "units", "faces"}
 _SIZE_WORDS = ("splat", "face", "vertices", "parameter", "size", "count", "cells", "experts")
 _COST_WORDS = ("memory", "macs", "flops", "intersection", "compression", "scoring", "training")
@@ -27,7 +27,6 @@ _QUALITY_WORDS += ("hausdorff", "similarity", "error", "accuracy", "silhouette",
 _QUALITY_WORDS += ("consistency", "distance", "precision", "recall")
 _COUNTED_WORDS = ("hole", "loop", "component", "boundary", "manifold", "watertight")
 _TOPOLOGY_WORDS = (*_COUNTED_WORDS, "genus", "euler")
-_FIRST = ("faces", "iou", "genus", "hole", "loop")  # of a mesh, in a headline
 _SPEED_WORDS = ("time", "latency", "throughput", "fps", "per second")
 _FEWER = {"size": ("smaller", "larger"), "speed": ("faster", "slower"), "cost": ("less", "more")}
 
@@ -35,7 +34,7 @@ _FEWER = {"size": ("smaller", "larger"), "speed": ("faster", "slower"), "cost": 
 def group_of(name: str, unit: str) -> str:
     """Which of `GROUPS` a measurement belongs to, by its unit and the words of its name."""
     low = name.lower()
-    if unit in _COST_UNITS or any(word in low for word in _COST_WORDS):
+    if unit in COST_UNITS or any(word in low for word in _COST_WORDS):
         return "cost"
     if unit in text.TIME_UNITS | text.RATE_UNITS:
         return "speed"
@@ -133,14 +132,14 @@ def change_words(row: dict[str, Any]) -> str:
     if moved["verdict"] == "same":
         return "unchanged"
     if row["group"] == "topology":
-        return f"{text.plain(abs(moved['difference']))} {_direction(row)}"
+        return f"{text.plain(abs(moved['difference']))} {direction(row)}"
     if moved["ratio"] is None:
         return text.difference(moved["difference"], row["unit"])
     ratio = abs(moved["ratio"])
-    return f"{text.factor(max(ratio, 1 / ratio))} {_direction(row)}"
+    return f"{text.factor(max(ratio, 1 / ratio))} {direction(row)}"
 
 
-def _direction(row: dict[str, Any]) -> str:
+def direction(row: dict[str, Any]) -> str:
     rose = row["after"] > row["before"]
     default = ("lower", "higher")
     words = _FEWER.get(row["group"], default)
@@ -181,94 +180,6 @@ def distinctions(artifacts: Sequence[dict[str, Any]]) -> list[str]:
 def _short(value: Any) -> str:
     """A setting in a line; of a budget only what is kept."""
     return str(value.get("keep", value) if isinstance(value, dict) else value)
-
-
-def headline(a: dict[str, Any]) -> list[dict[str, str]]:
-    """The few numbers that sum a run up: [{"figure": "4.0×", "label": "smaller", "detail": ...}].
-
-    Taken from the measurements: the delivered size, else the first count; the first quality;
-    the first speed. What was not measured is left out. Of a fit, the values themselves.
-    """
-    rows = a["measurements"]
-    if a["method"] == "mesh":  # what counts first, whatever the order
-        rows = sorted(rows, key=lambda r: [word not in r["name"].lower() for word in _FIRST])
-    if is_fit(a):
-        return _made(rows)
-    if a["method"] == "mesh":
-        return _pruned(rows)
-    found = []
-    sizes = [r for r in rows if r["group"] == "size" and r["change"] and r["change"]["ratio"]]
-    sizes.sort(key=lambda r: r["unit"] not in ("B", "bytes", "MB"))
-    found += [_factor_figure(r) for r in sizes[:1]]
-    found += _quality_figure(rows)
-    timed = [r for r in rows if r["group"] == "speed" and r["change"] and r["change"]["ratio"]]
-    return found + [_factor_figure(r) for r in timed[:1]]
-
-
-def _pruned(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """Of a mesh: its faces, the first quality, and what opened."""
-    found = []
-    counts = [r for r in rows if r["name"].lower() == "faces" and r["change"]]
-    for r in counts[:1]:
-        many = abs(r["change"]["difference"])
-        detail = f"{text.plain(r['before'])} → {text.plain(r['after'])}"
-        done = "added" if r["change"]["difference"] > 0 else "removed"
-        shown = {"figure": text.plain(many), "label": f"faces {done}", "detail": detail}
-        if r["change"]["ratio"] and r["change"]["ratio"] <= 0.5:
-            shown = _factor_figure(r)
-        found.append(shown)
-    return found + _quality_figure(rows) + _topology_figure(rows)
-
-
-def _topology_figure(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """The first topology that changed, else the first."""
-    known = [r for r in rows if r["group"] == "topology" and r["after"] is not None]
-    known.sort(key=lambda r: not (r["change"] and r["change"]["verdict"] == "changed"))
-    return [
-        {
-            "figure": text.plain(r["after"]),
-            "label": r["name"],
-            "detail": "" if r["before"] is None else _was(r),
-        }
-        for r in known[:1]
-    ]
-
-
-def _was(row: dict[str, Any]) -> str:
-    same = row["change"]["verdict"] == "same"
-    return "unchanged" if same else f"was {text.value(row['before'], row['unit'])}"
-
-
-def _quality_figure(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """The first quality that is not that of the worst view."""
-    quality = [r for r in rows if r["group"] == "quality" and r["after"] is not None]
-    quality.sort(key=lambda r: "worst" in r["name"].lower())
-    found = []
-    for r in quality[:1]:
-        detail = "" if r["before"] is None else f"was {text.value(r['before'], r['unit'])}"
-        figure = {"figure": text.value(r["after"], r["unit"]), "label": r["name"], "detail": detail}
-        found.append(figure)
-    return found
-
-
-def _made(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """The first count, quality, genus and time of a picture, as they are."""
-    found = []
-    for group in ("size", "quality", "topology", "speed"):
-        known = [r for r in rows if r["group"] == group and r["after"] is not None]
-        known.sort(key=lambda r: r["unit"] in ("B", "bytes", "MB") or "worst" in r["name"].lower())
-        for r in known[:1]:
-            found.append({"figure": value_of(r, "after"), "label": r["name"], "detail": ""})
-    return found
-
-
-def _factor_figure(row: dict[str, Any]) -> dict[str, str]:
-    ratio = abs(row["change"]["ratio"])
-    before, after = value_of(row, "before"), value_of(row, "after")
-    same = row["change"]["verdict"] == "same"
-    label = f"{row['name']} unchanged" if same else _direction(row)
-    figure = text.short_factor(max(ratio, 1 / ratio))
-    return {"figure": figure, "label": label, "detail": f"{row['name']} {before} → {after}"}
 
 
 def value_of(row: dict[str, Any], key: str) -> str:
@@ -319,9 +230,13 @@ def _cells(
     for a in artifacts:
         by_key = {(r["name"], r["unit"]): r for r in a["measurements"]}
         cells = [by_key.get((c["name"], c["unit"])) for c in columns]
-        who = {key: a[key] for key in ("id", "title", "distinction", "method", "target", "folder")}
-        rows.append({**who, "cells": cells})
+        rows.append({**who(a), "cells": cells})
     return rows
+
+
+def who(a: dict[str, Any]) -> dict[str, Any]:
+    """What a row of a table about several artifacts says of one."""
+    return {key: a[key] for key in ("id", "title", "distinction", "method", "target", "folder")}
 
 
 def device_label(device: dict[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from gencompress import __version__
 from gencompress.artifact import read_artifact
 from gencompress.files import writing
 from gencompress.report import markdown, page, rows
+from gencompress.report.headline import overview
 from gencompress.report.preview import read_pictures, read_previews
 
 SCHEMA = 1  # of report.json; grows when a field changes its meaning or goes away
@@ -61,6 +62,7 @@ def write_report(
         "gencompress": __version__,
         "title": title or _title(described),
         "artifacts": described,
+        "overview": overview(described) if len(described) > 1 else [],
         "comparison": rows.comparison(described),
     }
     texts = {

@@ -68,6 +68,7 @@ def write_pair(
                 "name": f"{name}, sheet {number}",
                 "caption": f"{few.steps} steps, {start}",
                 "legend": f"times {AMPLIFIED}, gray where there is none",
+                "columns": min(ABREAST, len(few.prompts[part])),
                 **{one: f"{one}_{number}.png" for one in files},
             }
         )
