@@ -22,8 +22,9 @@ def optimizers(
     decay: float,
     tables: Sequence[str] = (),
     moments: Mapping[str, Tensor] | None = None,
+    faster: Mapping[str, float] | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """Of all weights, each in one.
+    """Of all weights, each in one; those of a parameter group learn at "factor" times the rate.
 
     Args:
         name: adamw; or muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers"), whose
@@ -32,24 +33,32 @@ def optimizers(
         betas: of AdamW.
         tables: names of matrices that AdamW takes all the same.
         moments: of a checkpoint, by "weight/moment".
+        faster: factors by how names end.
     """
-    by_muon, others = [], []
+    by_muon: dict[float, list[nn.Parameter]] = {}
+    others: dict[float, list[nn.Parameter]] = {}
     for key, one in weights.items():
         whole = name == "muon" and one.ndim == 2 and key not in tables
-        (by_muon if whole else others).append(one)
-    found: list[torch.optim.Optimizer] = []
+        found = (times for end, times in (faster or {}).items() if key.endswith(end))
+        (by_muon if whole else others).setdefault(next(found, 1.0), []).append(one)
+    made: list[torch.optim.Optimizer] = []
     if others:
-        groups = [{"params": kind} for kind in kinds(others)]
-        found.append(torch.optim.AdamW(groups, rate, betas, weight_decay=decay, fused=True))
+        groups = [
+            {"params": kind, "factor": factor}
+            for factor, alike in others.items()
+            for kind in kinds(alike)
+        ]
+        made.append(torch.optim.AdamW(groups, rate, betas, weight_decay=decay, fused=True))
     if by_muon:
-        found.append(torch.optim.Muon(by_muon, rate, decay, adjust_lr_fn="match_rms_adamw"))
+        groups = [{"params": alike, "factor": factor} for factor, alike in by_muon.items()]
+        made.append(torch.optim.Muon(groups, rate, decay, adjust_lr_fn="match_rms_adamw"))
     slots = _slots(weights, moments or {})
-    for optimizer in found:
+    for optimizer in made:
         order = [one for group in optimizer.param_groups for one in group["params"]]
         state = {number: slots[one] for number, one in enumerate(order) if one in slots}
         if state:
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return found
+    return made
 
 
 def kept_moments(weights: Weights, given: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Training:
     last_rate: float = 0.0  # of `rate` at the end; falls as half a cosine. 1: constant
     betas: tuple[float, float] = (0.9, 0.999)
     decay: float = 0.01  # of the weights
+    faster: Mapping[str, float] = field(default_factory=dict)  # times the rate, by ends of names
     optimizer: str = "adamw"  # or muon, faster by steps: matrices by Muon, the rest by AdamW
     clip: float = 1.0  # largest norm of all gradients together; 0: any
     ema: float = 0.0  # decay of a moving average of the weights, as 0.999; 0: none is kept
@@ -77,6 +78,8 @@ class Training:
             _expect_installed(self.trackers)
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r}: known are {', '.join(OPTIMIZERS)}")
+        if min(self.faster.values(), default=1) <= 0:
+            raise ValueError(f"faster {dict(self.faster)}: factors are above 0")
         if self.rate <= 0 or not 0 <= self.last_rate <= 1 or not 0 <= self.ema < 1:
             raise ValueError("rate is above 0, last_rate 0 to 1, ema 0 or more and below 1")
         if min(self.decay, self.clip, self.save_seconds) < 0:
@@ -212,8 +215,9 @@ def _fit(
     masters = Masters(models) if how.precision == "pure-bf16" else None
     weights: Weights = {**parameters, **masters.high} if masters else parameters
     movers = optimizers(
-        weights, how.optimizer, how.rate, how.betas, how.decay, tables_of(models), moments
-    )
+        weights, how.optimizer, how.rate, how.betas, how.decay, tables_of(models), moments,
+        how.faster,
+    )  # fmt: skip
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=how.precision == "bf16")
     saved, cost = time.monotonic(), 0.0
     begin, shown = saved - state.seconds, (state.step, state.seconds)
@@ -237,7 +241,7 @@ def _fit(
             lr = rate_at(state.step, how)
             for mover in movers:
                 for group in mover.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr * group["factor"]
                 mover.step()
                 mover.zero_grad()
             if masters:

@@ -138,3 +138,46 @@ def test_an_unknown_optimizer_and_shards_for_muon_are_refused(monkeypatch):
     model = Toy()
     with pytest.raises(ValueError, match="muon: takes whole matrices"):
         fit({"toy": model}, step_of(model), samples(), HOW, None, torch.Generator())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_some_learn_faster_and_resume_so(kind, tmp_path):
+    model = Toy()
+    weights = named(model)
+    faster = {".bias": 8.0, "wide.weight": 3.0}
+    groups = [
+        group
+        for one in optimizers(weights, kind, 0.01, (0.9, 0.99), 0.1, faster=faster)
+        for group in one.param_groups
+    ]
+    factors = {id(p): group["factor"] for group in groups for p in group["params"]}
+    for name, one in weights.items():
+        wanted = 8.0 if name.endswith(".bias") else 3.0 if name == "toy.wide.weight" else 1.0
+        assert factors[id(one)] == wanted, name
+
+    def after(how, workdir=None, stop=None):
+        made = Toy()
+        inner = step_of(made)
+
+        def step(number, batch, chance):
+            if number == stop:
+                raise KeyboardInterrupt
+            return inner(number, batch, chance)
+
+        fit({"toy": made}, step, samples(), how, workdir, torch.Generator().manual_seed(4))
+        return {name: one.detach() for name, one in named(made).items()}
+
+    plain = replace(HOW, optimizer=kind, save_steps=1, warmup=0, last_rate=1.0, steps=4)
+    hasty = replace(plain, faster=faster)
+    start, slow, fast = {k: v.detach() for k, v in named(Toy()).items()}, after(plain), after(hasty)
+    name = "toy.wide.bias"
+    assert (fast[name] - start[name]).norm() > 4 * (slow[name] - start[name]).norm()
+    with pytest.raises(KeyboardInterrupt):
+        after(hasty, tmp_path, stop=2)
+    again = after(hasty, tmp_path)
+    assert all(torch.equal(one, fast[name]) for name, one in again.items())
+
+
+def test_a_factor_is_above_zero():
+    with pytest.raises(ValueError, match="factors are above 0"):
+        Training(1, 1, faster={".bias": 0.0})

@@ -38,7 +38,8 @@ def account(model: Any, latent: int, tokens: int) -> Account:
     layers, runs = mixtures(model), _runs(model)
     total, active = 0, 0.0
     for name, parameter in model.named_parameters():
-        path, _, leaf = dense_path(name).removesuffix(".weight").rpartition(".")
+        plain = dense_path(name).removesuffix(".weight").removesuffix(".bias")
+        path, _, leaf = plain.rpartition(".")
         share = _share(runs, name if ".block." in name else "")
         if path in layers and leaf in ("w1", "b1", "w2", "router"):
             layer = layers[path]

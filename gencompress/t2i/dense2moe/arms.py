@@ -4,6 +4,7 @@ distilled for as many steps, and experts dealt out by no score."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from gencompress.t2i.dense2moe.convert import convert, importance
 from gencompress.t2i.dense2moe.layout import feed_forwards
 from gencompress.t2i.dense2moe.settings import Config
 from gencompress.t2i.dense2moe.stages import Objective, train_stage
-from gencompress.t2i.dense2moe.start import begun, routers_digest
 from gencompress.t2i.distill import Weights, predict
 from gencompress.t2i.hooks import record
 from gencompress.t2i.pipeline import denoiser, with_denoiser
@@ -49,8 +49,9 @@ def rival(
     """
     if arm != "random":
         return smaller(pipe, seen, activated, config, arm, generator, progress)
-    dealt = at_random(scores, generator)
-    return staged(pipe, seen, mixture, dealt, None, config, None, generator, progress)
+    model, _ = denoiser(pipe)
+    student = convert(model, mixture, at_random(scores, generator), generator)
+    return staged(pipe, seen, student, f"random {config}", config, None, generator, progress)
 
 
 def smaller(
@@ -93,31 +94,21 @@ def smaller(
 def staged(
     pipe: Any,
     seen: Calibration,
-    mixture: dict[str, Any],
-    scores: dict[str, Tensor],
-    embeddings: Tensor | None,
+    student: Any,
+    run: str,
     config: Config,
-    workdir: Any,
+    workdir: Path | None,
     generator: torch.Generator,
     progress: Progress = quiet,
-    start: Any = None,
 ) -> tuple[Any, Log]:
-    """The converted pipeline after all of its stages, and their log; `start` is a denoiser that was
-    converted before, which is trained on."""
-    model, _ = denoiser(pipe)
-    if start is None:
-        student = convert(model, mixture, scores, generator, embeddings=embeddings)
-    else:
-        student = begun(start, mixture)
-    objective = Objective(config.features, config.balance)
-    run = f"dense2moe {config}"
-    if start is not None:
-        run = f"{run} from {routers_digest(start)}"
+    """The pipeline with `student`, a converted denoiser, after all of its stages, and their log;
+    `run` as in `teach`."""
+    objective = Objective(config.features, config.balance, attention=config.attention)
     log: Log = []
     for stage, steps in (
         ("shared", config.shared_steps),
         ("experts", config.expert_steps),
-        ("blocks", config.block_steps if mixture["groups"] else 0),
+        ("blocks", config.block_steps if student.config.mixture["groups"] else 0),
     ):
         if steps:
             progress(f"stage {stage}: {steps:,} steps")

@@ -53,10 +53,11 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
     return F.gelu(hidden, approximate="tanh" if activation == "gelu-approximate" else "none")
 
 
-def route(logits: Tensor, k: int, gate: str) -> tuple[Tensor, Tensor]:
-    """int64 [T, k]: the experts with the largest of logits [T, E], ties to the lower index; and
-    their gates [T, k], which logits that are all equal make 1 under scaled_softmax."""
-    chosen = logits.detach().argsort(dim=-1, descending=True, stable=True)[:, :k]
+def route(logits: Tensor, k: int, gate: str, offsets: Any = 0.0) -> tuple[Tensor, Tensor]:
+    """int64 [T, k]: the experts with the largest of logits [T, E] plus offsets [E], ties to the
+    lower index; and their gates [T, k] by logits alone, under scaled_softmax 1 if all are equal."""
+    scores = (logits + offsets).detach()
+    chosen = scores.argsort(dim=-1, descending=True, stable=True)[:, :k]
     if gate == "sigmoid":
         return chosen, 2 * logits.gather(1, chosen).sigmoid()
     if gate == "topk_renorm":
@@ -79,8 +80,9 @@ class MixtureFeedForward(nn.Module):
     """y = shared(x) + sum over the k chosen experts of gate * expert(x), for x [..., C].
 
     The bias of the second matrix, if any, is that of the shared expert. The router computes in
-    float32 at least. `order` [inner] says which neuron of the dense layer each one is: those of the
-    shared expert, then those of each routed one.
+    float32 at least; its bias helps to choose and is in no gate, so that only what balances experts
+    moves it (as in Wang et al. 2024, "Auxiliary-loss-free load balancing"). `order` [inner]: which
+    neuron of the dense layer each one is, of the shared expert, then of each routed one.
     """
 
     def __init__(
@@ -97,15 +99,16 @@ class MixtureFeedForward(nn.Module):
         self.w1 = nn.Parameter(torch.empty(experts, rows * inner, width, **like))
         self.b1 = nn.Parameter(torch.zeros(experts, rows * inner, **like)) if has_bias else None
         self.w2 = nn.Parameter(torch.empty(experts, inner, outputs, **like))
-        self.router = nn.Linear(width, experts, bias=False, **like)
+        self.router = nn.Linear(width, experts, **like)
         for weight, inputs in ((self.w1, width), (self.w2, inner)):
             nn.init.uniform_(weight, -(inputs**-0.5), inputs**-0.5)
         nn.init.normal_(self.router.weight, std=ROUTER_STD * width**-0.5)
+        nn.init.zeros_(self.router.bias)
         order = torch.arange(shared + experts * inner, device=like["device"])
         self.order: Tensor
         self.register_buffer("order", order)
         self.set_top_k(top_k)
-        # called with softmax probabilities [T, E] and choices [T, k] of each forward
+        # gets softmax probabilities [T, E], bias included, and choices [T, k] of each forward
         self.watch: Callable[[Tensor, Tensor], None] | None = None
 
     def set_top_k(self, top_k: int) -> None:
@@ -121,9 +124,9 @@ class MixtureFeedForward(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 wide = torch.promote_types(x.dtype, torch.float32)
                 logits = F.linear(x.to(wide), self.router.weight.to(wide))
-                chosen, gates = route(logits, self.top_k, self.gate)
+                chosen, gates = route(logits, self.top_k, self.gate, self.router.bias.to(wide))
             if self.watch is not None:
-                self.watch(logits.softmax(-1), chosen)
+                self.watch((logits + self.router.bias).softmax(-1), chosen)
             y = y + self.mix(x, chosen, gates)
         return y.unflatten(0, hidden_states.shape[:-1])
 
@@ -410,13 +413,10 @@ def _at(model: nn.Module, path: str) -> Any:
 
 
 def _takes_mixture(cls: type) -> type:
-    """Adds `mixture`, a Mixture, to the settings of the class: what its base builds, then
-    restructured."""
+    """Adds a Mixture to the settings of the class: what its base builds is restructured."""
     base = cls.__mro__[1]
 
-    def __init__(
-        self: Any, *args: Any, mixture: Mapping[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self: Any, *args: Any, mixture: Any = None, **kwargs: Any) -> None:
         base.__init__(self, *args, **kwargs)
         self.register_to_config(mixture=PLAIN | {"experts": {}} | dict(mixture or {}))
         restructure(self, self.config.mixture)

@@ -19,6 +19,7 @@ from gencompress.t2i import score as criteria
 from gencompress.t2i.calibrate import Batch, counted
 from gencompress.t2i.dense2moe import adaln, classes
 from gencompress.t2i.dense2moe.classes import ROUTER_STD, Mixture
+from gencompress.t2i.dense2moe.deal import Watched, by_activity, fitted_router, partition
 from gencompress.t2i.dense2moe.layout import feed_forwards, kind_of
 from gencompress.t2i.dense2moe.moe import blocks, dense_path, mixtures
 
@@ -46,20 +47,6 @@ def importance(model: nn.Module, batches: Sequence[Batch], progress: Progress = 
     return total
 
 
-def partition(scores: Tensor, shared: int, experts: int) -> Tensor:
-    """int64 [U]: which neuron each place gets. The `shared` highest scores [U] come first, by rank;
-    the rest are dealt out by rank, expert e taking ranks e, e + E, ..., so that all have the same
-    share of importance. Ties go to the lower neuron.
-
-    Raises ValueError where the rest cannot be dealt out evenly.
-    """
-    rest = len(scores) - shared
-    if not 0 <= shared <= len(scores) or experts < 1 or rest % experts:
-        raise ValueError(f"{rest} of {len(scores)} neurons for {experts} experts: not even")
-    order = scores.argsort(descending=True, stable=True)
-    return torch.cat([order[:shared], order[shared:].view(-1, experts).T.flatten()])
-
-
 def convert(
     model: Any,
     mixture: Mixture,
@@ -67,6 +54,7 @@ def convert(
     generator: torch.Generator,
     *,
     embeddings: Tensor | None = None,
+    seen: Mapping[str, Watched] | None = None,
     router_std: float = ROUTER_STD,
 ) -> Any:
     """A new model of the MoE class in classes.py; `model` stays as it is.
@@ -79,18 +67,26 @@ def convert(
         scores: [U] of each feed-forward that becomes one, higher ones towards the shared expert.
         generator: of the routers, on the CPU.
         embeddings: [N, C], for a modulation that is not full: see `adaln.embeddings`.
+        seen: of each feed-forward; its routed experts are then made of neurons that are active
+            together, and its router sends tokens where they are. None: dealt out by rank.
 
     Raises ValueError for a model that is not dense, for scores that are missing, NaN or all zero,
     and where embeddings are missing.
     """
     kind_of(model)
-    orders = {}
+    whole = model.state_dict()
+    orders, routers = {}, {}
     for path, (shared, experts, inner, _) in mixture["experts"].items():
         if path not in scores:
             raise ValueError(f"scores of {path!r} are missing")
         _check(path, scores[path], shared + experts * inner)
-        orders[path] = partition(scores[path].float().cpu(), shared, experts)
-    whole = model.state_dict()
+        order = partition(scores[path].float().cpu(), shared, experts)
+        if seen is not None:
+            order = by_activity(order, shared, experts, seen[path].active)
+            second = whole[f"{_dense_names(path)[1]}.weight"][:, -len(order) :]
+            fitted = fitted_router(seen[path], second, order, shared, experts)
+            routers[f"{path}.router.weight"] = fitted
+        orders[path] = order
     made, gone = adaln.tensors(model, mixture["adaln"], mixture["rank"], embeddings)
     kept = {name: tensor for name, tensor in whole.items() if name not in gone}
     tensors = split(mixture, orders, kept | made)
@@ -102,6 +98,7 @@ def convert(
             std = router_std * parameter.shape[-1] ** -0.5
             drawn = std * torch.randn(parameter.shape, generator=generator)
             drawn = drawn if parameter.ndim > 1 else torch.zeros_like(drawn)
+            drawn = routers.get(dense_path(name), drawn)
             tensors[name] = drawn.to(next(model.parameters()).device)
     theirs = {id(tensor) for tensor in whole.values()}
     tensors = {k: v.clone() if id(v) in theirs else v for k, v in tensors.items()}

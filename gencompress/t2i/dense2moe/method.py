@@ -21,22 +21,25 @@ from gencompress.core.units import Scores, Units
 from gencompress.measure import Measurement
 from gencompress.measure.cost import parameters
 from gencompress.t2i import coupling
-from gencompress.t2i.calibrate import Calibration, batches, calibrated
+from gencompress.t2i.calibrate import Batch, Calibration, batches, calibrated
 from gencompress.t2i.dense2moe import accounting, adaln
 from gencompress.t2i.dense2moe.arms import rival, staged
 from gencompress.t2i.dense2moe.classes import Mixture
-from gencompress.t2i.dense2moe.convert import importance
+from gencompress.t2i.dense2moe.convert import convert, importance
+from gencompress.t2i.dense2moe.deal import watch
 from gencompress.t2i.dense2moe.layout import feed_forwards, groups_of, kind_of, structure
 from gencompress.t2i.dense2moe.lora import neurons, save_neurons
+from gencompress.t2i.dense2moe.maps import write_maps
 from gencompress.t2i.dense2moe.moe import mixtures, recording, set_top_k
 from gencompress.t2i.dense2moe.settings import Config
-from gencompress.t2i.dense2moe.start import KNOWN, Given, given
+from gencompress.t2i.dense2moe.start import KNOWN, Given, begun, given, routers_digest
 from gencompress.t2i.distill import again, draws, seeds
 from gencompress.t2i.distill import predict as answer
+from gencompress.t2i.evaluate import make_images
 from gencompress.t2i.formats import stored_type
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.loading import pipeline_and_inputs
-from gencompress.t2i.pictures import write_preview, write_samples
+from gencompress.t2i.pictures import shown, write_index, write_pair, write_samples
 from gencompress.t2i.pipeline import (
     denoiser,
     load_pipeline,
@@ -114,20 +117,38 @@ def compress(
     chosen = batches(seen, model, config.batches, config.batch, generator)
     scores = importance(inside, chosen, progress)
     start = data.start if isinstance(data, Given) else None
-    embeddings = None
-    if config.adaln != "full" and start is None:
+    start = data.start if isinstance(data, Given) else None
+    if start is not None:
+        student, run = begun(start, mixture), f"from {routers_digest(start)} {config}"
+    else:
+        student = _converted(inside, mixture, scores, seen, chosen, config, generator, progress)
+        run = f"dense2moe {config}"
+    made, log = staged(model, seen, student, run, config, workdir, generator, progress)
+    about: dict[str, Any] = {"kind": "mixture", "stored": stored_type(inside)}
+    about |= {"top_k": next(iter(mixture["experts"].values()))[3]}
+    log = [about, *log, *_loads(made, seen, config, generator)]
+    return Compressed(made, _masks(denoiser(made)[0]), scores, log)
+
+
+def _converted(
+    inside: Any,
+    mixture: Mixture,
+    scores: Scores,
+    seen: Calibration,
+    chosen: list[Batch],
+    config: Config,
+    generator: torch.Generator,
+    progress: Progress,
+) -> Any:
+    """The denoiser as a mixture that has learnt nothing yet."""
+    embeddings = watched = None
+    if config.adaln != "full":
         chance = draws(seeds(generator, EMBEDDED), inside.device)
         pooled = seen.rows["pooled_projections"]
         embeddings = adaln.embeddings(inside, pooled[_cycle(len(pooled))], chance)
-    made, log = staged(
-        model, seen, mixture, scores, embeddings, config, workdir, generator, progress,
-        start,
-    )  # fmt: skip
-    about: dict[str, Any] = {"kind": "mixture", "stored": stored_type(inside)}
-    student, _ = denoiser(made)
-    about |= {"top_k": next(iter(mixture["experts"].values()))[3]}
-    log = [about, *log, *_loads(made, seen, config, generator)]
-    return Compressed(made, _masks(student), scores, log)
+    if config.deal == "activity":
+        watched = watch(inside, mixture["experts"], chosen, progress)
+    return convert(inside, mixture, scores, generator, embeddings=embeddings, seen=watched)
 
 
 def compare(
@@ -227,8 +248,12 @@ def preview(
     folder: Path,
     progress: Progress = quiet,
 ) -> None:
-    """Pictures of held-out prompts, of both pipelines from the same seeds."""
-    write_preview(before, beside(before, after), data.wanted, folder, progress)
+    """Pictures of held-out prompts, of both pipelines from the same seeds; where tokens go, which
+    blocks run, and pictures by the number of experts a token."""
+    after, few = beside(before, after), shown(data.wanted)
+    old, new = (make_images(pipe, few, progress=progress) for pipe in (before, after))
+    views = write_pair(old, new, few, folder)
+    write_index(views, folder, write_maps(after, data.wanted, folder, progress))
 
 
 def sample(model: Any, data: Inputs, folder: Path) -> list[Path]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from gencompress.t2i.dense2moe.layout import SIZES, Layout
 from gencompress.t2i.train import PRECISIONS, Training
 
+BIAS_RATE = 30.0  # times the rate, of what balances experts: they stay under twice the mean load
+DEALS = ("activity", "rank")
 ARMS = ("width", "depth", "random")  # FFN width by Taylor, whole blocks, experts dealt at random
 
 
@@ -18,6 +20,7 @@ class Config:
     experts: int = 12
     expansion: float = 0.25  # width of each of the others
     top_k: int | None = None  # of them a token; None: as many as the budget allows
+    deal: str = "activity"  # neurons together that are active together; or rank
     gate: str = "scaled_softmax"
     streams: str = "both"  # or image: feed-forwards of the text alone stay dense
     adaln: str = "full"  # or lowrank, shared: of the modulation of blocks
@@ -26,6 +29,7 @@ class Config:
     contiguous: bool = False
     shared_steps: int = 100  # of stage 1
     expert_steps: int = 200  # of stage 2
+    attention: bool = False  # and modulation learn in stage 2, too; shared experts never do
     block_steps: int = 100  # of stage 3, where blocks form groups
     rate: float = 3e-4  # of all stages
     batch: int = 16  # latents
@@ -50,6 +54,8 @@ class Config:
                 raise ValueError(f"{name} {getattr(self, name)}: {bound} or more")
         if self.size not in SIZES:
             raise ValueError(f"size {self.size!r}: known are {', '.join(SIZES)}")
+        if self.deal not in DEALS:
+            raise ValueError(f"deal {self.deal!r}: known are {', '.join(DEALS)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision {self.precision!r}: known are {', '.join(PRECISIONS)}")
         if unknown := sorted(set(self.compare) - set(ARMS)):
@@ -71,5 +77,6 @@ class Config:
     def training(self, steps: int) -> Training:
         return Training(
             steps, self.batch, self.rate, steps // 10, betas=(0.9, 0.99), ema=self.ema,
+            faster={".router.bias": BIAS_RATE},
             precision=self.precision, log_every=10, trackers=self.trackers,
         )  # fmt: skip

@@ -27,6 +27,7 @@ from gencompress.t2i.train import Log, Training
 
 STAGES = ("shared", "experts", "blocks")
 ROUTED = ("w1", "b1", "w2")  # of a layer, all routed experts together
+SHARED = ("first", "second")  # of a layer, its shared expert
 CLAMP = 1e-4, 1e4  # of the weight of a block's loss
 
 
@@ -38,6 +39,7 @@ class Objective:
     balance: float = 1e-2  # of experts; the paper's
     block_balance: float = 0.0  # of blocks in groups; they may specialise
     explore: float = 0.1  # share of the samples that try other blocks
+    attention: bool = False  # learns with experts, and modulation with it
 
 
 def train_stage(
@@ -57,7 +59,8 @@ def train_stage(
 
     - "shared": only shared experts run; they learn, with attention and modulation of all blocks.
     - "experts": routed experts and their routers learn; the shared ones stay, so that the model
-      without routed experts stays as good as it was.
+      without routed experts stays as good as it was. With `objective.attention` all of the blocks
+      but the shared experts learns.
     - "blocks": blocks within groups and the routers between them learn.
 
     Raises ValueError for another stage, or "blocks" without groups; RuntimeError as `train.fit`.
@@ -97,7 +100,7 @@ def train_stage(
             total = total + objective.block_balance * found["block_balance"]
         return {**found, "loss": total}
 
-    freeze(student, stage)
+    freeze(student, stage, objective.attention)
     if stage == "shared":
         set_top_k(student, 0)
     run = f"{run}, {stage}, {objective}"
@@ -109,16 +112,17 @@ def train_stage(
     return [{**row, "series": f"stage {stage}"} for row in log]
 
 
-def freeze(student: Any, stage: str) -> None:
+def freeze(student: Any, stage: str, attention: bool = False) -> None:
     """Only what learns in the stage wants gradients."""
     layers, inside = mixtures(student), tuple(f"{path}." for path in block_paths(student))
     grouped = tuple(f"{path}." for path in in_groups(student))
     for name, parameter in student.named_parameters():
-        path, _, leaf = name.removesuffix(".weight").rpartition(".")
+        path, _, leaf = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")
         path = ".".join(part for part in path.split(".") if part != "block")
         routed = path in layers and leaf in (*ROUTED, "router")
+        shared = path in layers and leaf in SHARED
         if stage == "experts":
-            learns = routed
+            learns = routed or (attention and name.startswith(inside) and not shared)
         elif stage == "shared":
             learns = name.startswith(inside) and not routed
         else:

@@ -83,7 +83,8 @@ def test_gradients_of_a_layer(way, gate, generator):
     with torch.no_grad():
         made.router.weight.normal_(generator=generator)
     x = torch.randn(7, 8, dtype=torch.float64, generator=generator).requires_grad_()
-    names, parameters = zip(*made.named_parameters(), strict=True)
+    learnt = [(n, p) for n, p in made.named_parameters() if n != "router.bias"]  # in no gate
+    names, parameters = zip(*learnt, strict=True)
     slopes = torch.randn(7, 6, dtype=torch.float64, generator=generator)
     ours = torch.autograd.grad(made(x), (x, *parameters), slopes)
     theirs = torch.autograd.grad(by_hand(made, x), (x, *parameters), slopes)

@@ -10,7 +10,7 @@ from t2i.test_score import batches_of
 from gencompress.core.mask import Mask
 from gencompress.t2i import coupling, score, tiny
 from gencompress.t2i.dense2moe import classes
-from gencompress.t2i.dense2moe.convert import convert, importance, partition, restore
+from gencompress.t2i.dense2moe.convert import convert, importance, restore
 from gencompress.t2i.dense2moe.layout import Group, Layout, structure
 from gencompress.t2i.dense2moe.moe import mixtures, set_top_k
 from gencompress.t2i.distill import Noised, predict
@@ -117,15 +117,6 @@ def test_a_sample_does_not_depend_on_others():
     alone["img_ids"], alone["txt_ids"] = inputs["img_ids"], inputs["txt_ids"]
     with torch.no_grad():
         assert far(mixed(**alone).sample, mixed(**inputs).sample[1:2]) < 1e-5
-
-
-def test_partition():
-    scores = torch.tensor([5.0, 1.0, 9.0, 3.0, 3.0, 8.0, 2.0, 7.0])
-    assert partition(scores, 2, 3).tolist() == [2, 5, 7, 4, 0, 6, 3, 1]
-    assert partition(scores, 0, 8).tolist() == [2, 5, 7, 0, 3, 4, 6, 1]
-    for shared, experts in ((2, 4), (9, 1), (2, 0)):
-        with pytest.raises(ValueError, match="not even"):
-            partition(scores, shared, experts)
 
 
 def test_importance_is_the_first_order_effect_of_a_neuron():

@@ -15,8 +15,9 @@ from gencompress.t2i.dense2moe.arms import block_changes
 from gencompress.t2i.dense2moe.convert import convert, importance
 from gencompress.t2i.dense2moe.layout import Group, Layout, structure
 from gencompress.t2i.dense2moe.method import NEURONS
-from gencompress.t2i.dense2moe.moe import mixtures, set_top_k
+from gencompress.t2i.dense2moe.moe import mixtures, recording, set_top_k
 from gencompress.t2i.dense2moe.stages import Objective, compared, feature_loss, train_stage
+from gencompress.t2i.distill import predict
 from gencompress.t2i.evaluate import make_images
 from gencompress.t2i.pipeline import denoiser, save_pipeline, with_denoiser
 from gencompress.t2i.quality import error_db
@@ -117,6 +118,41 @@ def test_each_stage_trains_its_own(ground):
     )
     assert {layer.top_k for layer in mixtures(student).values()} == {2}
     assert all(one.requires_grad for one in student.parameters()) and not student.training
+
+
+def test_experts_stay_under_twice_the_mean_load(ground):
+    """Of tokens that begin all in the same few, by what the settings say of routers' biases."""
+    pipe, seen, _ = ground
+    student = converted(ground)
+    with torch.no_grad():
+        for layer in mixtures(student).values():
+            layer.router.weight[:2] += 0.02  # of tokens with a positive mean
+
+    def spread():
+        [(met, told)] = batches(seen, pipe, 1, 8, torch.Generator().manual_seed(0))
+        with torch.no_grad(), recording(student) as routed:
+            predict(student, met, told)
+        # text is padded here with tokens that are all alike: nothing can tell them apart
+        return max(one.spread for path, one in routed.items() if "context" not in path)
+
+    before = spread()
+    config = dense2moe.Config(batch=8, expert_steps=40)
+    train_stage(
+        pipe, student, seen, "experts", config.training(40), Objective(), None,
+        torch.Generator().manual_seed(0), "test",
+    )  # fmt: skip
+    assert before > 4 and spread() < 2, (before, spread())
+
+
+def test_attention_may_learn_with_the_experts_and_shared_ones_never_do(ground):
+    student = converted(ground)
+    before = held(student)
+    train(ground, student, "experts", attention=True)
+    names = moved(student, before)
+    for part in ("attn.to_q.weight", "norm1.linear.weight", "proj_out.attn.bias", ".w1", "router"):
+        assert any(part in name for name in names), part
+    assert not any(".first." in name or ".second." in name for name in names)
+    assert not any(name.startswith(("x_embedder", "time_text_embed", "proj_out")) for name in names)
 
 
 def test_the_teacher_is_left_alone(ground):

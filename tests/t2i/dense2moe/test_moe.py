@@ -22,7 +22,8 @@ def test_records_of_a_forward():
         assert int(routed.load.sum()) == 2 * tokens[path.rpartition(".")[2]]
         assert routed.load.shape == routed.mean.shape == (12,)
         assert float(routed.mean.sum()) == pytest.approx(1)
-        assert routed.spread == float(routed.load.max()) * 12 / int(routed.load.sum())
+        most = float(routed.load.max()) * 12 / int(routed.load.sum())
+        assert routed.spread == pytest.approx(most)
     assert all(layer.watch is None for layer in layers.values())
 
 

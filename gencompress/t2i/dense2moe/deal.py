@@ -1,0 +1,144 @@
+"""Which neurons go to which expert, and which experts a token goes to before a router has learnt.
+
+U neurons of a feed-forward on C channels, of which S form the shared expert and H each of E others;
+T tokens that were watched on their way through the dense model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gencompress.core.progress import Progress, quiet
+from gencompress.t2i.calibrate import Batch, counted
+from gencompress.t2i.distill import predict
+
+TOKENS = 2048  # watched of a feed-forward
+ROUNDS = 20  # of k-means
+RIDGE = 1e-2  # of the mean square of a channel
+SPREAD = 0.2  # standard deviation of the logits of a fitted router: gates stay near 1
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """Of one feed-forward, what went in and what its neurons made of it, in bfloat16."""
+
+    inputs: Tensor  # [T, C]
+    active: Tensor  # [T, U]: before the second matrix
+
+
+def partition(scores: Tensor, shared: int, experts: int) -> Tensor:
+    """int64 [U]: which neuron each place gets. The `shared` highest scores [U] come first, by rank;
+    the rest are dealt out by rank, expert e taking ranks e, e + E, ..., so that all have the same
+    share of importance. Ties go to the lower neuron.
+
+    Raises ValueError where the rest cannot be dealt out evenly.
+    """
+    rest = len(scores) - shared
+    if not 0 <= shared <= len(scores) or experts < 1 or rest % experts:
+        raise ValueError(f"{rest} of {len(scores)} neurons for {experts} experts: not even")
+    order = scores.argsort(descending=True, stable=True)
+    return torch.cat([order[:shared], order[shared:].view(-1, experts).T.flatten()])
+
+
+def watch(
+    model: nn.Module, paths: Iterable[str], batches: Sequence[Batch], progress: Progress = quiet
+) -> dict[str, Watched]:
+    """Of each feed-forward of a dense model as many tokens of every batch, chosen at random, TOKENS
+    in all; always the same ones."""
+    each, chance = -(-TOKENS // len(batches)), torch.Generator().manual_seed(0)
+    inputs: dict[str, list[Tensor]] = {}
+    active: dict[str, list[Tensor]] = {}
+    rows: dict[str, Tensor] = {}
+
+    def enters(path: str, args: tuple[Any, ...]) -> None:
+        x = args[0].flatten(0, -2)
+        rows[path] = torch.randint(len(x), (each,), generator=chance).to(x.device)
+        inputs.setdefault(path, []).append(x[rows[path]].bfloat16().cpu())
+
+    def leaves(path: str, out: Tensor) -> None:
+        active.setdefault(path, []).append(out.flatten(0, -2)[rows[path]].bfloat16().cpu())
+
+    with contextlib.ExitStack() as hooks:
+        for path in paths:
+            fused = path.endswith(".proj_mlp")  # of a single Flux block
+            first = path if fused else f"{path}.net.0"
+            last = f"{path.rpartition('.')[0]}.act_mlp" if fused else first
+            for handle in (
+                model.get_submodule(first).register_forward_pre_hook(
+                    lambda _, args, path=path: enters(path, args)
+                ),
+                model.get_submodule(last).register_forward_hook(
+                    lambda _, args, out, path=path: leaves(path, out)
+                ),
+            ):
+                hooks.callback(handle.remove)
+        with torch.no_grad():
+            for met, told in counted(batches, "watching neurons", progress):
+                predict(model, met, told)
+    return {path: Watched(torch.cat(inputs[path]), torch.cat(active[path])) for path in inputs}
+
+
+def by_activity(order: Tensor, shared: int, experts: int, active: Tensor) -> Tensor:
+    """A `partition` int64 [U] whose routed experts hold neurons that are active on the same tokens:
+    balanced k-means on the correlations of |active| [T, U]. A token that wants some neurons of such
+    an expert wants most (as in MoEfication, Zhang et al. 2022)."""
+    rest = order[shared:].sort().values
+    rows = active[:, rest].float().abs().T
+    rows = rows - rows.mean(1, keepdim=True)
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    places = balanced_means(rows, experts)
+    return torch.cat([order[:shared], *(rest[places == e] for e in range(experts))])
+
+
+def balanced_means(rows: Tensor, clusters: int) -> Tensor:
+    """int64 [N]: the cluster of each of rows [N, D] of norm 1; all clusters have as many. The
+    nearest pairs of a row and a centre are joined first, while there is room."""
+    chance = torch.Generator().manual_seed(0)
+    centres = rows[torch.randperm(len(rows), generator=chance)[:clusters]]
+    places = torch.full((len(rows),), -1)
+    for _ in range(ROUNDS):
+        before, places = places, _filled(rows @ centres.T, len(rows) // clusters)
+        if torch.equal(before, places):
+            break
+        sums = torch.zeros_like(centres).index_add(0, places, rows)
+        centres = sums / sums.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    return places
+
+
+def _filled(near: Tensor, room: int) -> Tensor:
+    """int64 [N]: a column for each row of near [N, M], the highest values first, `room` rows in
+    each."""
+    rows, columns = near.shape
+    found, left, open_rows = [-1] * rows, [room] * columns, rows
+    for place in near.flatten().argsort(descending=True, stable=True).tolist():
+        row, column = divmod(place, columns)
+        if found[row] < 0 and left[column]:
+            found[row], left[column], open_rows = column, left[column] - 1, open_rows - 1
+            if not open_rows:
+                break
+    return torch.tensor(found)
+
+
+def fitted_router(
+    seen: Watched, second: Tensor, order: Tensor, shared: int, experts: int
+) -> Tensor:
+    """float32 [E, C]: the linear router whose logits come nearest to how much more than usual each
+    routed expert of a partition [U] adds to a token, with a second matrix [outputs, U]. Ridge
+    regression, each expert scaled to one spread, so that all are wanted as often."""
+    x, active, second = seen.inputs.float(), seen.active.float(), second.float().cpu()
+    parts = order[shared:].view(experts, -1)
+    added = torch.stack([(active[:, own] @ second[:, own].T).norm(dim=1) for own in parts], 1)
+    wanted = added - added.mean(0)
+    wanted = wanted / wanted.norm(dim=0).clamp(min=torch.finfo(wanted.dtype).tiny)
+    gram = x.T @ x
+    damping = RIDGE * gram.diagonal().mean().clamp(min=1e-6)
+    damped = gram + damping * torch.eye(len(gram))
+    weights = torch.linalg.solve(damped, x.T @ wanted)
+    spread = (x @ weights).std().clamp(min=torch.finfo(x.dtype).tiny)
+    return (weights * (SPREAD / spread)).T.contiguous()
