@@ -3,6 +3,7 @@ distilled for as many steps, and experts dealt out by no score."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from gencompress.core.units import Units
 from gencompress.measure.cost import parameters
 from gencompress.t2i import coupling
 from gencompress.t2i.calibrate import Batch, Calibration, batches
-from gencompress.t2i.dense2moe.convert import convert, importance
+from gencompress.t2i.dense2moe.convert import convert, dense_names, fill_second, importance
+from gencompress.t2i.dense2moe.deal import Watched, least_squares, watch
 from gencompress.t2i.dense2moe.layout import feed_forwards
 from gencompress.t2i.dense2moe.settings import Config
 from gencompress.t2i.dense2moe.stages import Objective, train_stage
@@ -83,6 +85,9 @@ def smaller(
         left = activated - (total - float(sum(g.cost.sum() for g in groups)))
         mask = within_budget(scores, groups, Budget(max(left, 1.0), "params"))
     student = coupling.compact(model, groups, mask)
+    if arm == "width" and config.refit and config.deal == "activity":
+        seen_tokens = watch(model, wanted, chosen, progress)
+        refit_kept(model, student, {path: mask.keep[path] for path in wanted}, seen_tokens)
     if not config.all_steps:
         return with_denoiser(pipe, student), []
     how = config.training(config.all_steps)
@@ -103,7 +108,7 @@ def staged(
 ) -> tuple[Any, Log]:
     """The pipeline with `student`, a converted denoiser, after all of its stages, and their log;
     `run` as in `teach`."""
-    objective = Objective(config.features, config.balance, attention=config.attention)
+    objective = Objective(config.features, config.balance, thaw=config.thaw)
     log: Log = []
     for stage, steps in (
         ("shared", config.shared_steps),
@@ -118,6 +123,22 @@ def staged(
                 run, progress,
             )  # fmt: skip
     return with_denoiser(pipe, student.eval()), log
+
+
+def refit_kept(
+    model: Any, student: Any, keep: Mapping[str, Tensor], seen: Mapping[str, Watched]
+) -> None:
+    """Gives a dense model with fewer neurons, in place, the second matrices that come nearest to
+    the outputs of the whole one, as converted ones get them."""
+    whole, tensors = model.state_dict(), dict(student.state_dict())
+    for path, kept in keep.items():
+        name = f"{dense_names(path)[1]}.weight"
+        second = whole[name][:, -len(kept) :].float().cpu()
+        active = seen[path].active.float()
+        own = kept.nonzero()[:, 0].cpu()
+        found, shift = least_squares(active[:, own], second[:, own].T, active @ second.T)
+        fill_second(tensors, name, found.T, shift)
+    student.load_state_dict(tensors)
 
 
 def at_random(scores: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

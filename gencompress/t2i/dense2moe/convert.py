@@ -19,7 +19,7 @@ from gencompress.t2i import score as criteria
 from gencompress.t2i.calibrate import Batch, counted
 from gencompress.t2i.dense2moe import adaln, classes
 from gencompress.t2i.dense2moe.classes import ROUTER_STD, Mixture
-from gencompress.t2i.dense2moe.deal import Watched, by_activity, fitted_router, partition
+from gencompress.t2i.dense2moe.deal import Watched, by_activity, fitted_router, partition, refitted
 from gencompress.t2i.dense2moe.layout import feed_forwards, kind_of
 from gencompress.t2i.dense2moe.moe import blocks, dense_path, mixtures
 
@@ -55,6 +55,7 @@ def convert(
     *,
     embeddings: Tensor | None = None,
     seen: Mapping[str, Watched] | None = None,
+    refit: bool = False,
     router_std: float = ROUTER_STD,
 ) -> Any:
     """A new model of the MoE class in classes.py; `model` stays as it is.
@@ -69,12 +70,14 @@ def convert(
         embeddings: [N, C], for a modulation that is not full: see `adaln.embeddings`.
         seen: of each feed-forward; its routed experts are then made of neurons that are active
             together, and its router sends tokens where they are. None: dealt out by rank.
+        refit: of layers `seen`, fit second matrices to what is then active; with all experts
+            active it is the dense model no longer.
 
     Raises ValueError for a model that is not dense, for scores that are missing, NaN or all zero,
     and where embeddings are missing.
     """
     kind_of(model)
-    whole = model.state_dict()
+    whole = dict(model.state_dict())
     orders, routers = {}, {}
     for path, (shared, experts, inner, _) in mixture["experts"].items():
         if path not in scores:
@@ -83,9 +86,14 @@ def convert(
         order = partition(scores[path].float().cpu(), shared, experts)
         if seen is not None:
             order = by_activity(order, shared, experts, seen[path].active)
-            second = whole[f"{_dense_names(path)[1]}.weight"][:, -len(order) :]
-            fitted = fitted_router(seen[path], second, order, shared, experts)
-            routers[f"{path}.router.weight"] = fitted
+            name = f"{dense_names(path)[1]}.weight"
+            second = whole[name][:, -len(order) :]
+            router = fitted_router(seen[path], second, order, shared, experts)
+            routers[f"{path}.router.weight"] = router
+            if refit:
+                sizes = shared, router, mixture["experts"][path][3]
+                found = refitted(seen[path], second, order, *sizes, mixture["gate"])
+                fill_second(whole, name, *found)
         orders[path] = order
     made, gone = adaln.tensors(model, mixture["adaln"], mixture["rank"], embeddings)
     kept = {name: tensor for name, tensor in whole.items() if name not in gone}
@@ -105,6 +113,17 @@ def convert(
     converted.load_state_dict(tensors, assign=True)
     _copy_buffers(model, converted)
     return converted.requires_grad_(True).train(model.training)
+
+
+def fill_second(tensors: dict[str, Tensor], name: str, second: Tensor, shift: Tensor) -> None:
+    """Puts a second matrix [outputs, U] in the place of the last U columns of the weight of that
+    name, and adds to the bias beside it, if any; in copies."""
+    weight = tensors[name].clone()
+    weight[:, -second.shape[1] :] = second.to(weight)
+    tensors[name] = weight
+    bias = f"{name.removesuffix('weight')}bias"
+    if bias in tensors:
+        tensors[bias] = tensors[bias] + shift.to(tensors[bias])
 
 
 def restore(model: Any) -> Any:
@@ -143,7 +162,7 @@ def split(
     found = dict(dense)
     for path, (shared, experts, inner, _) in mixture["experts"].items():
         order = orders[path]
-        first, second, tail = _dense_names(path)
+        first, second, tail = dense_names(path)
         for kind, packed in (("weight", "w1"), ("bias", "b1")):
             tensor = found.pop(f"{first}.{kind}", None)
             if tensor is not None:
@@ -172,7 +191,7 @@ def _packed(part: Tensor) -> Tensor:
 def _join(path: str, layer: Any, found: dict[str, Tensor]) -> None:
     """The inverse of `split` for one layer, in place."""
     order = found.pop(f"{path}.order")
-    first, second, tail = _dense_names(path)
+    first, second, tail = dense_names(path)
     back = order.argsort()
     for kind, packed in (("weight", "w1"), ("bias", "b1")):
         if f"{path}.{packed}" in found:
@@ -190,7 +209,7 @@ def _join(path: str, layer: Any, found: dict[str, Tensor]) -> None:
         found[f"{second}.bias"] = bias
 
 
-def _dense_names(path: str) -> tuple[str, str, str]:
+def dense_names(path: str) -> tuple[str, str, str]:
     """Of a feed-forward in the dense model, its first and second matrix; and for the fused one of a
     single Flux block, what of the second matrix becomes the attention's own."""
     if not path.endswith(".proj_mlp"):

@@ -1,4 +1,5 @@
-"""Which neurons go to which expert, and which experts a token goes to before a router has learnt.
+"""Which neurons go to which expert, which experts a token goes to before a router has learnt, and
+second matrices that make the best of it.
 
 U neurons of a feed-forward on C channels, of which S form the shared expert and H each of E others;
 T tokens that were watched on their way through the dense model.
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.calibrate import Batch, counted
+from gencompress.t2i.dense2moe.classes import route
 from gencompress.t2i.distill import predict
 
-TOKENS = 2048  # watched of a feed-forward
+TOKENS = 4096  # watched of a feed-forward
 ROUNDS = 20  # of k-means
 RIDGE = 1e-2  # of the mean square of a channel
 SPREAD = 0.2  # standard deviation of the logits of a fitted router: gates stay near 1
@@ -142,3 +144,45 @@ def fitted_router(
     weights = torch.linalg.solve(damped, x.T @ wanted)
     spread = (x @ weights).std().clamp(min=torch.finfo(x.dtype).tiny)
     return (weights * (SPREAD / spread)).T.contiguous()
+
+
+def refitted(
+    seen: Watched,
+    second: Tensor,
+    order: Tensor,
+    shared: int,
+    router: Tensor,
+    top_k: int,
+    gate: str,
+) -> tuple[Tensor, Tensor]:
+    """A second matrix float32 [outputs, U], in the order of the dense one, and what to add to its
+    bias [outputs], so that shared neurons and those of the experts that `router` [E, C] chooses
+    come nearest to the dense layer's outputs on the tokens seen (`least_squares`)."""
+    chosen, gates = route(seen.inputs.float() @ router.T, top_k, gate)
+    scale = torch.zeros(len(chosen), len(router)).scatter(1, chosen, gates)
+    active, second = seen.active.float(), second.float().cpu()
+    scale = scale.repeat_interleave((len(order) - shared) // len(router), 1)
+    features = torch.cat([active[:, order[:shared]], active[:, order[shared:]] * scale], 1)
+    found, shift = least_squares(features, second[:, order].T, active @ second.T)
+    made = torch.empty_like(second)
+    made[:, order] = found.T
+    return made, shift
+
+
+def least_squares(features: Tensor, start: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [N, D] and offsets [D] by which features [T, N] come nearest to `wanted` [T, D], with
+    a ridge towards the weights `start` (as pruned convolutions are reconstructed in He et al. 2017,
+    "Channel pruning for accelerating very deep neural networks"). Solved in N or T dimensions,
+    whichever are fewer."""
+    middle, goal = features.mean(0), wanted.mean(0)
+    centred = features - middle
+    missing = wanted - goal - centred @ start
+    damping = RIDGE * centred.square().sum(0).mean().clamp(min=1e-6)
+    if len(features) < features.shape[1]:
+        inner = centred @ centred.T + damping * torch.eye(len(features))
+        change = centred.T @ torch.linalg.solve(inner, missing)
+    else:
+        inner = centred.T @ centred + damping * torch.eye(features.shape[1])
+        change = torch.linalg.solve(inner, centred.T @ missing)
+    weights = start + change
+    return weights, goal - middle @ weights

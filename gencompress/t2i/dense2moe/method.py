@@ -148,7 +148,9 @@ def _converted(
         embeddings = adaln.embeddings(inside, pooled[_cycle(len(pooled))], chance)
     if config.deal == "activity":
         watched = watch(inside, mixture["experts"], chosen, progress)
-    return convert(inside, mixture, scores, generator, embeddings=embeddings, seen=watched)
+    return convert(
+        inside, mixture, scores, generator, embeddings=embeddings, seen=watched, refit=config.refit
+    )
 
 
 def compare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gencompress.t2i.dense2moe.layout import SIZES, Layout
+from gencompress.t2i.dense2moe.stages import THAWS
 from gencompress.t2i.train import PRECISIONS, Training
 
 BIAS_RATE = 30.0  # times the rate, of what balances experts: they stay under twice the mean load
@@ -21,6 +22,7 @@ class Config:
     expansion: float = 0.25  # width of each of the others
     top_k: int | None = None  # of them a token; None: as many as the budget allows
     deal: str = "activity"  # neurons together that are active together; or rank
+    refit: bool = True  # of activity: second matrices by least squares before anything is trained
     gate: str = "scaled_softmax"
     streams: str = "both"  # or image: feed-forwards of the text alone stay dense
     adaln: str = "full"  # or lowrank, shared: of the modulation of blocks
@@ -29,7 +31,7 @@ class Config:
     contiguous: bool = False
     shared_steps: int = 100  # of stage 1
     expert_steps: int = 200  # of stage 2
-    attention: bool = False  # and modulation learn in stage 2, too; shared experts never do
+    thaw: str = "none"  # beside experts in stage 2: attention with modulation, or all of the blocks
     block_steps: int = 100  # of stage 3, where blocks form groups
     rate: float = 3e-4  # of all stages
     batch: int = 16  # latents
@@ -54,10 +56,9 @@ class Config:
                 raise ValueError(f"{name} {getattr(self, name)}: {bound} or more")
         if self.size not in SIZES:
             raise ValueError(f"size {self.size!r}: known are {', '.join(SIZES)}")
-        if self.deal not in DEALS:
-            raise ValueError(f"deal {self.deal!r}: known are {', '.join(DEALS)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision {self.precision!r}: known are {', '.join(PRECISIONS)}")
+        for name, known in (("deal", DEALS), ("thaw", THAWS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r}: known are {', '.join(known)}")
         if unknown := sorted(set(self.compare) - set(ARMS)):
             raise ValueError(f"compare {', '.join(unknown)}: known are {', '.join(ARMS)}")
         self.layout(0)

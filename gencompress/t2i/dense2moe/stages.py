@@ -25,6 +25,7 @@ from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.teach import block_paths, learn_from
 from gencompress.t2i.train import Log, Training
 
+THAWS = ("none", "attention", "all")  # attention with modulation; all: shared experts, too
 STAGES = ("shared", "experts", "blocks")
 ROUTED = ("w1", "b1", "w2")  # of a layer, all routed experts together
 SHARED = ("first", "second")  # of a layer, its shared expert
@@ -39,7 +40,7 @@ class Objective:
     balance: float = 1e-2  # of experts; the paper's
     block_balance: float = 0.0  # of blocks in groups; they may specialise
     explore: float = 0.1  # share of the samples that try other blocks
-    attention: bool = False  # learns with experts, and modulation with it
+    thaw: str = THAWS[0]  # what of the blocks learns with experts and routers
 
 
 def train_stage(
@@ -59,8 +60,8 @@ def train_stage(
 
     - "shared": only shared experts run; they learn, with attention and modulation of all blocks.
     - "experts": routed experts and their routers learn; the shared ones stay, so that the model
-      without routed experts stays as good as it was. With `objective.attention` all of the blocks
-      but the shared experts learns.
+      without routed experts stays as good as it was. `objective.thaw` lets more of the blocks
+      learn.
     - "blocks": blocks within groups and the routers between them learn.
 
     Raises ValueError for another stage, or "blocks" without groups; RuntimeError as `train.fit`.
@@ -100,7 +101,7 @@ def train_stage(
             total = total + objective.block_balance * found["block_balance"]
         return {**found, "loss": total}
 
-    freeze(student, stage, objective.attention)
+    freeze(student, stage, objective.thaw)
     if stage == "shared":
         set_top_k(student, 0)
     run = f"{run}, {stage}, {objective}"
@@ -112,7 +113,7 @@ def train_stage(
     return [{**row, "series": f"stage {stage}"} for row in log]
 
 
-def freeze(student: Any, stage: str, attention: bool = False) -> None:
+def freeze(student: Any, stage: str, thaw: str = THAWS[0]) -> None:
     """Only what learns in the stage wants gradients."""
     layers, inside = mixtures(student), tuple(f"{path}." for path in block_paths(student))
     grouped = tuple(f"{path}." for path in in_groups(student))
@@ -122,7 +123,8 @@ def freeze(student: Any, stage: str, attention: bool = False) -> None:
         routed = path in layers and leaf in (*ROUTED, "router")
         shared = path in layers and leaf in SHARED
         if stage == "experts":
-            learns = routed or (attention and name.startswith(inside) and not shared)
+            free = {"none": False, "attention": not shared, "all": True}[thaw]
+            learns = routed or (free and name.startswith(inside))
         elif stage == "shared":
             learns = name.startswith(inside) and not routed
         else:

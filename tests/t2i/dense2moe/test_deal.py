@@ -13,11 +13,14 @@ from gencompress.t2i.dense2moe.deal import (
     balanced_means,
     by_activity,
     fitted_router,
+    least_squares,
     partition,
+    refitted,
     watch,
 )
 from gencompress.t2i.dense2moe.layout import Layout, structure
 from gencompress.t2i.dense2moe.moe import mixtures, recording
+from gencompress.t2i.distill import predict
 
 
 def test_partition():
@@ -136,6 +139,71 @@ def test_experts_by_activity_are_nearer_than_those_by_rank():
         chance = torch.Generator().manual_seed(0)
         errors.append(far(out(convert(model, mixture, scores, chance, seen=watched)), out(model)))
     assert errors[1] < errors[0], errors
+
+
+def test_least_squares(generator):
+    features = torch.randn(300, 20, generator=generator) + 1
+    truth = torch.randn(20, 3, generator=generator)
+    wanted = features @ truth + torch.tensor([1.0, -2.0, 0.5])
+    start = torch.zeros(20, 3)
+    weights, shift = least_squares(features, start, wanted)
+    assert far(weights, truth) < 0.05
+    assert far(shift, torch.tensor([1.0, -2.0, 0.5])) < 0.1
+    # few tokens: solved among them, the same optimum
+    few = features[:15], wanted[:15]
+    weights, shift = least_squares(few[0], start, few[1])
+    middle = few[0].mean(0)
+    x, y = few[0] - middle, few[1] - few[1].mean(0)
+    damping = deal.RIDGE * x.square().sum(0).mean()
+    normal = torch.linalg.solve(x.T @ x + damping * torch.eye(20), x.T @ y)
+    assert far(weights, normal) < 1e-3
+    assert far(shift, few[1].mean(0) - middle @ normal) < 1e-3
+    # what is never active keeps its weights
+    still = torch.cat([features, torch.zeros(300, 1)], 1)
+    weights, _ = least_squares(still, torch.full((21, 3), 7.0), wanted)
+    assert weights[20].tolist() == [7.0] * 3
+
+
+@pytest.mark.parametrize("top_k", [0, 1])
+def test_second_matrices_make_the_best_of_what_is_active(top_k, generator):
+    _, seen, second, order, _ = planted(generator)
+    router = fitted_router(seen, second, order, 3, 4)
+    found, shift = refitted(seen, second, order, 3, router, top_k, "scaled_softmax")
+    assert found.shape == second.shape and shift.shape == (6,)
+    if not top_k:
+        assert torch.equal(found[:, order[3:]], second[:, order[3:]])
+    active, logits = seen.active.float(), seen.inputs.float() @ router.T
+    chosen, gates = deal.route(logits, top_k, "scaled_softmax")
+    errors = []
+    for matrix, more in ((second, 0.0), (found, shift)):
+        y = active[:, order[:3]] @ matrix[:, order[:3]].T + more
+        for t in range(len(y)):  # by hand
+            for e, gate in zip(chosen[t].tolist(), gates[t].tolist(), strict=True):
+                own = order[3 + 5 * e : 8 + 5 * e]
+                y[t] += gate * (active[t, own] @ matrix[:, own].T)
+        errors.append(float((y - active @ second.T).square().sum()))
+    assert errors[1] < (0.9 if top_k else 1) * errors[0], errors
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_refitted_mixtures_start_nearer(name):
+    model = MINIS[name]()
+    [batch] = batches_of(model, 1)
+    mixture = structure(model, Layout(top_k=2))
+    scores, seen = random_scores(mixture), watch(model, mixture["experts"], [batch])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    errors = []
+    for refit in (False, True):
+        chance = torch.Generator().manual_seed(0)
+        made = convert(model, mixture, scores, chance, seen=seen, refit=refit)
+        errors.append(far(predict_of(made, batch), predict_of(model, batch)))
+    assert errors[1] < 0.8 * errors[0], errors
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def predict_of(model, batch):
+    with torch.no_grad():
+        return predict(model, *batch)
 
 
 def test_choices_follow_the_bias_and_gates_do_not(generator):
