@@ -133,9 +133,9 @@ def refit_kept(
     whole, tensors = model.state_dict(), dict(student.state_dict())
     for path, kept in keep.items():
         name = f"{dense_names(path)[1]}.weight"
-        second = whole[name][:, -len(kept) :].float().cpu()
-        active = seen[path].active.float()
-        own = kept.nonzero()[:, 0].cpu()
+        second = whole[name][:, -len(kept) :].float()
+        active = seen[path].active.to(second.device).float()
+        own = kept.nonzero()[:, 0].to(second.device)
         found, shift = least_squares(active[:, own], second[:, own].T, active @ second.T)
         fill_second(tensors, name, found.T, shift)
     student.load_state_dict(tensors)

@@ -133,15 +133,14 @@ def fitted_router(
     """float32 [E, C]: the linear router whose logits come nearest to how much more than usual each
     routed expert of a partition [U] adds to a token, with a second matrix [outputs, U]. Ridge
     regression, each expert scaled to one spread, so that all are wanted as often."""
-    x, active, second = seen.inputs.float(), seen.active.float(), second.float().cpu()
+    x, active, second = _beside(second, seen)
     parts = order[shared:].view(experts, -1)
     added = torch.stack([(active[:, own] @ second[:, own].T).norm(dim=1) for own in parts], 1)
     wanted = added - added.mean(0)
     wanted = wanted / wanted.norm(dim=0).clamp(min=torch.finfo(wanted.dtype).tiny)
     gram = x.T @ x
-    damping = RIDGE * gram.diagonal().mean().clamp(min=1e-6)
-    damped = gram + damping * torch.eye(len(gram))
-    weights = torch.linalg.solve(damped, x.T @ wanted)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp(min=1e-6))
+    weights = torch.linalg.solve(gram, x.T @ wanted)
     spread = (x @ weights).std().clamp(min=torch.finfo(x.dtype).tiny)
     return (weights * (SPREAD / spread)).T.contiguous()
 
@@ -158,15 +157,21 @@ def refitted(
     """A second matrix float32 [outputs, U], in the order of the dense one, and what to add to its
     bias [outputs], so that shared neurons and those of the experts that `router` [E, C] chooses
     come nearest to the dense layer's outputs on the tokens seen (`least_squares`)."""
-    chosen, gates = route(seen.inputs.float() @ router.T, top_k, gate)
-    scale = torch.zeros(len(chosen), len(router)).scatter(1, chosen, gates)
-    active, second = seen.active.float(), second.float().cpu()
+    x, active, second = _beside(second, seen)
+    chosen, gates = route(x @ router.T, top_k, gate)
+    scale = x.new_zeros(len(x), len(router)).scatter(1, chosen, gates)
     scale = scale.repeat_interleave((len(order) - shared) // len(router), 1)
     features = torch.cat([active[:, order[:shared]], active[:, order[shared:]] * scale], 1)
     found, shift = least_squares(features, second[:, order].T, active @ second.T)
     made = torch.empty_like(second)
     made[:, order] = found.T
     return made, shift
+
+
+def _beside(second: Tensor, seen: Watched) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, activity and the matrix in float32, where the matrix is."""
+    inputs, active = (one.to(second.device).float() for one in (seen.inputs, seen.active))
+    return inputs, active, second.float()
 
 
 def least_squares(features: Tensor, start: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,10 +184,12 @@ def least_squares(features: Tensor, start: Tensor, wanted: Tensor) -> tuple[Tens
     missing = wanted - goal - centred @ start
     damping = RIDGE * centred.square().sum(0).mean().clamp(min=1e-6)
     if len(features) < features.shape[1]:
-        inner = centred @ centred.T + damping * torch.eye(len(features))
+        inner = centred @ centred.T
+        inner.diagonal().add_(damping)
         change = centred.T @ torch.linalg.solve(inner, missing)
     else:
-        inner = centred.T @ centred + damping * torch.eye(features.shape[1])
+        inner = centred.T @ centred
+        inner.diagonal().add_(damping)
         change = torch.linalg.solve(inner, centred.T @ missing)
     weights = start + change
     return weights, goal - middle @ weights
