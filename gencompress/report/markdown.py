@@ -14,6 +14,7 @@ from gencompress.report.headline import COLUMNS, headline
 from gencompress.report.page import facts, lede, recipe_listing
 
 NO_DEVICE = "a device that was not recorded"
+IN_COMMON = "What two or more of them have in common"
 
 
 def render(report: dict[str, Any]) -> str:
@@ -22,7 +23,10 @@ def render(report: dict[str, Any]) -> str:
     lines = [f"# {escape(report['title'])}", ""]
     if len(artifacts) > 1:
         lines += ["## Overview", "", *_overview(report["overview"]), ""]
-        lines += _comparison(report["comparison"])
+        compared = _comparison(report["comparison"])
+        if len({a["method"] for a in artifacts}) > 1:  # little is shared, so much is missing
+            compared = [f"<details><summary>{IN_COMMON}</summary>", "", *compared, "</details>", ""]
+        lines += compared
     for a in artifacts:
         if len(artifacts) > 1:
             lines += [f"## {escape(_name(a))}", ""]
