@@ -18,17 +18,19 @@ from gencompress.core.units import Units
 from gencompress.measure.cost import parameters
 from gencompress.t2i import coupling
 from gencompress.t2i.calibrate import Batch, Calibration, batches
+from gencompress.t2i.dense2moe import adaln
 from gencompress.t2i.dense2moe.convert import convert, dense_names, fill_second, importance
 from gencompress.t2i.dense2moe.deal import Watched, least_squares, watch
 from gencompress.t2i.dense2moe.layout import feed_forwards
 from gencompress.t2i.dense2moe.settings import Config
 from gencompress.t2i.dense2moe.stages import Objective, train_stage
-from gencompress.t2i.distill import Weights, predict
+from gencompress.t2i.distill import Weights, draws, predict, seeds
 from gencompress.t2i.hooks import record
 from gencompress.t2i.pipeline import denoiser, with_denoiser
 from gencompress.t2i.teach import teach
 from gencompress.t2i.train import Log
 
+EMBEDDED = 1024  # draws that a modulation of lower rank is fitted on
 LEAST = 1  # neurons that stay in every feed-forward
 
 
@@ -52,7 +54,9 @@ def rival(
     if arm != "random":
         return smaller(pipe, seen, activated, config, arm, generator, progress)
     model, _ = denoiser(pipe)
-    student = convert(model, mixture, at_random(scores, generator), generator)
+    embeddings = modulating(model, seen, config, generator)
+    dealt = at_random(scores, generator)
+    student = convert(model, mixture, dealt, generator, embeddings=embeddings)
     return staged(pipe, seen, student, f"random {config}", config, None, generator, progress)
 
 
@@ -139,6 +143,17 @@ def refit_kept(
         found, shift = least_squares(active[:, own], second[:, own].T, active @ second.T)
         fill_second(tensors, name, found.T, shift)
     student.load_state_dict(tensors)
+
+
+def modulating(
+    model: Any, seen: Calibration, config: Config, generator: torch.Generator
+) -> Tensor | None:
+    """Embeddings [EMBEDDED, C] that a modulation is fitted on, unless it stays as it is."""
+    if config.adaln == "full":
+        return None
+    pooled = seen.rows["pooled_projections"]
+    rows = torch.arange(EMBEDDED) % len(pooled)
+    return adaln.embeddings(model, pooled[rows], draws(seeds(generator, EMBEDDED), model.device))
 
 
 def at_random(scores: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

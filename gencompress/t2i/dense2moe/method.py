@@ -22,8 +22,8 @@ from gencompress.measure import Measurement
 from gencompress.measure.cost import parameters
 from gencompress.t2i import coupling
 from gencompress.t2i.calibrate import Batch, Calibration, batches, calibrated
-from gencompress.t2i.dense2moe import accounting, adaln
-from gencompress.t2i.dense2moe.arms import rival, staged
+from gencompress.t2i.dense2moe import accounting
+from gencompress.t2i.dense2moe.arms import modulating, rival, staged
 from gencompress.t2i.dense2moe.classes import Mixture
 from gencompress.t2i.dense2moe.convert import convert, importance
 from gencompress.t2i.dense2moe.deal import watch
@@ -33,7 +33,7 @@ from gencompress.t2i.dense2moe.maps import write_maps
 from gencompress.t2i.dense2moe.moe import mixtures, recording, set_top_k
 from gencompress.t2i.dense2moe.settings import Config
 from gencompress.t2i.dense2moe.start import KNOWN, Given, begun, given, routers_digest
-from gencompress.t2i.distill import again, draws, seeds
+from gencompress.t2i.distill import again
 from gencompress.t2i.distill import predict as answer
 from gencompress.t2i.evaluate import make_images
 from gencompress.t2i.formats import stored_type
@@ -52,7 +52,6 @@ from gencompress.t2i.sample import default_size
 NEURONS = "experts.safetensors"  # which dense neurons each expert has
 SMALL = 8  # side of a latent where only parameters are counted
 LOAD_TIMES = (0.05, 0.25, 0.5, 0.75, 0.95)  # shares of the timesteps
-EMBEDDED = 1024  # draws that a modulation of lower rank is fitted on
 
 
 def load(
@@ -117,7 +116,6 @@ def compress(
     chosen = batches(seen, model, config.batches, config.batch, generator)
     scores = importance(inside, chosen, progress)
     start = data.start if isinstance(data, Given) else None
-    start = data.start if isinstance(data, Given) else None
     if start is not None:
         student, run = begun(start, mixture), f"from {routers_digest(start)} {config}"
     else:
@@ -141,11 +139,8 @@ def _converted(
     progress: Progress,
 ) -> Any:
     """The denoiser as a mixture that has learnt nothing yet."""
-    embeddings = watched = None
-    if config.adaln != "full":
-        chance = draws(seeds(generator, EMBEDDED), inside.device)
-        pooled = seen.rows["pooled_projections"]
-        embeddings = adaln.embeddings(inside, pooled[_cycle(len(pooled))], chance)
+    embeddings = modulating(inside, seen, config, generator)
+    watched = None
     if config.deal == "activity":
         watched = watch(inside, mixture["experts"], chosen, progress)
     return convert(
@@ -344,7 +339,3 @@ def _loads(
                     point(f"{stream} tokens", share, times_name, mean, "largest load over mean")
                 )
     return rows
-
-
-def _cycle(count: int) -> torch.Tensor:
-    return torch.arange(EMBEDDED) % count

@@ -271,6 +271,17 @@ def test_arms_and_the_sweep_of_experts(loaded, compressed):
     assert all(share <= own / dense + 1e-9 for share in arms.values())
 
 
+def test_experts_at_random_have_the_structure_of_the_others(loaded, tmp_path):
+    """A modulation of low rank as well, which has to be fitted."""
+    pipe, data = loaded
+    config = dataclasses.replace(QUICK, adaln="lowrank", rank=4, compare=("random",))
+    made = dense2moe.compress(
+        pipe, data, BUDGET, config, torch.Generator().manual_seed(0), tmp_path
+    )
+    rows = dense2moe.compare(pipe, made, data, config, torch.Generator().manual_seed(0))
+    assert [row["series"] for row in rows][-1] == "random"
+
+
 def test_a_narrow_model_is_refitted_as_well(loaded, ground):
     pipe, seen, _ = ground
     config = dataclasses.replace(QUICK, shared_steps=0, expert_steps=0)
