@@ -55,10 +55,10 @@ Metric = tuple[Tensor, Callable[[Tensor], float] | None]  # rows, and their stat
 
 
 def aptp_arm(
-    pipe: Any, data: Inputs, budget: Budget, config: Any, name: str, work: Path
+    pipe: Any, data: Inputs, budget: Budget, config: Any, name: str, work: Path, seed: int
 ) -> tuple[Any, float, list[Any]]:
     """The model of an arm, its share of the MACs and its log."""
-    model, generator = denoiser(pipe)[0], torch.Generator().manual_seed(0)
+    model, generator = denoiser(pipe)[0], torch.Generator().manual_seed(seed)
     table = macs_table(model, layout(model), forward_inputs(pipe, data.wanted.size))
     seen = calibrated(pipe, data, config.latents, work, said)
     made = make(pipe, seen, table, budget.amount, config, name, again(generator), work / name, said)
@@ -66,10 +66,10 @@ def aptp_arm(
 
 
 def dense2moe_arm(
-    pipe: Any, data: Inputs, budget: Budget, config: Any, name: str, work: Path
+    pipe: Any, data: Inputs, budget: Budget, config: Any, name: str, work: Path, seed: int
 ) -> tuple[Any, float, list[Any]]:
     """The same with the share of the parameters that are activated."""
-    generator, dense = torch.Generator().manual_seed(0), denoiser(pipe)[0]
+    generator, dense = torch.Generator().manual_seed(seed), denoiser(pipe)[0]
     if name == OURS:
         made = dense2moe.compress(pipe, data, budget, config, again(generator), work / name, said)
         arm, log = made.model, made.log
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--arms", default=OURS, help="commas between")
     parser.add_argument("--set", action="append", default=[], help="name=value", dest="settings")
     parser.add_argument("--images", type=int, default=225)
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     package = {"aptp": aptp, "dense2moe": dense2moe}[given.method]
@@ -183,12 +184,14 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     pipe, data = package.load(str(target), companions(given.pipeline), "cpu", "float32", config)
     about = {"keep": given.keep, "config": asdict(config), "pipeline": target.name}
+    if given.seed:
+        about["seed"] = given.seed
 
     def arm_of(name: str) -> Callable[[], Any]:
         def made() -> Any:
             began = time.process_time()
             (given.work / name).mkdir(exist_ok=True)
-            model, share, log = make_arm(pipe, data, budget, config, name, given.work)
+            model, share, log = make_arm(pipe, data, budget, config, name, given.work, given.seed)
             spent = time.process_time() - began
             seen = calibrated(pipe, data, config.latents, given.work)
             routed = isinstance(model, Routed)
