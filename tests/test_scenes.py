@@ -38,7 +38,7 @@ def weights(cloud):
 def test_all_scenes_together_stay_small():
     files = [file for file in FOLDER.parent.rglob("*") if file.is_file()]
     # weights of trained pipelines do not shrink further; a wheel may have 100 MB
-    assert sum(file.stat().st_size for file in files) < 56e6
+    assert sum(file.stat().st_size for file in files) < 70e6
 
 
 def test_scene_toml_says_what_it_is():

@@ -80,7 +80,7 @@ def test_a_scene_whose_file_is_gone(places):
 def test_the_real_ones_are_there():
     files = ["chair", "mug", "still_life", "still_life_trained"]
     folders = ["chair_views", "mug_views", "still_life_photos", "tiny-aptp", "tiny-eval"]
-    folders += ["tiny-flux", "tiny-memories", "tiny-sd"]
+    folders += ["tiny-flux", "tiny-flux-moe", "tiny-memories", "tiny-sd"]
     assert scenes.names() == sorted(files + folders)
     for name in files:
         assert scenes.resolve(name).suffix == ".ply"

@@ -10,12 +10,17 @@ from gencompress.scenes import companions, resolve
 from gencompress.t2i.aptp import gates
 from gencompress.t2i.aptp.routed import encoder_of
 from gencompress.t2i.aptp.router import load_router, route
+from gencompress.t2i.calibrate import calibrated
 from gencompress.t2i.data.compose import ANIMALS
 from gencompress.t2i.data.emoji import COLORS
+from gencompress.t2i.dense2moe.accounting import account
+from gencompress.t2i.dense2moe.moe import mixtures, set_top_k
+from gencompress.t2i.dense2moe.start import given
 from gencompress.t2i.dori.pairs import load_pairs, pictures
 from gencompress.t2i.formats import describe
 from gencompress.t2i.inputs import read_inputs, read_judges
-from gencompress.t2i.pipeline import load_pipeline
+from gencompress.t2i.pipeline import denoiser, load_pipeline, with_denoiser
+from gencompress.t2i.quality import error_db
 from gencompress.t2i.sample import sample
 
 # class, denoiser, its most parameters, guidance, least animals of eight that the detector finds
@@ -108,3 +113,21 @@ def test_the_router_sends_prompts_to_four_experts():
     texts = resolve("tiny-sd").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
     loads = torch.bincount(route(router, texts), minlength=4)
     assert len(loads) == 4 and loads.min() >= 8
+
+
+def test_the_mixture_answers_as_the_dense_model_does():
+    """With two experts a token; without any it is further off."""
+    pipe, data = load_pipeline(resolve("tiny-flux"), dtype=torch.float32), companions("tiny-flux")
+    plain = read_inputs(data, size=64, count=4, steps=2, guidance=None)
+    inputs = given(pipe, plain, data | {"start": str(resolve("tiny-flux-moe"))})
+    model = inputs.start
+    assert {layer.top_k for layer in mixtures(model).values()} == {2}
+    seen = calibrated(pipe, inputs, 8, None)
+    near = []
+    for number in (0, 2):
+        set_top_k(model, number)
+        made = with_denoiser(pipe, model)
+        near.append(error_db(pipe, made, seen, torch.Generator().manual_seed(0)))
+    assert near[1] > 16 and near[1] > near[0] + 2, near
+    used = account(model, 8, 1)
+    assert used.active < 0.73 * account(denoiser(pipe)[0], 8, 1).active
