@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -170,7 +171,9 @@ def fit(
     team = Accelerator(log_with=list(how.trackers) or None, project_dir=RUNS)
     _check(models, data, how, team)
     low = how.precision == "pure-bf16"
-    with sharded(list(models.values()), frozen, team, low) as used:
+    with sharded(list(models.values()), frozen, team, low) as used, warnings.catch_warnings():
+        # norms with float32 weights take a slower way under autocast, as they shall
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         log, ema = _fit(
             models, step, data, how, workdir, generator, run, progress, team, used
         )  # fmt: skip
