@@ -23,6 +23,7 @@ COLUMNS = (
     ("prune", "before_1.png", "after_1.png", (0, 0)),
     ("optiprune", "before_1.png", "after_1.png", (0, 0)),
     ("aptp", "expert-1/before_1.png", "expert-1/after_1.png", (0, 0)),
+    ("dense2moe", "before_1.png", "after_1.png", (0, 0)),
     ("dori", "memory_1.png", "memory_1.png", (1, 4)),
 )
 

@@ -29,9 +29,9 @@ class Config:
     rank: int = 48  # of lowrank
     size: str = "L"  # L, M, S or XS: which blocks of a Flux form groups of which one runs
     contiguous: bool = False
-    shared_steps: int = 100  # of stage 1
-    expert_steps: int = 200  # of stage 2
-    thaw: str = "none"  # beside experts in stage 2: attention with modulation, or all of the blocks
+    shared_steps: int = 0  # of stage 1
+    expert_steps: int = 300  # of stage 2
+    thaw: str = "all"  # beside experts in stage 2: attention with modulation, or all of the blocks
     block_steps: int = 100  # of stage 3, where blocks form groups
     rate: float = 3e-4  # of all stages
     batch: int = 16  # latents
@@ -39,7 +39,7 @@ class Config:
     latents: int = 256  # that the pipeline draws to learn on, without pictures
     precision: str = "no"  # of training: no, bf16 or pure-bf16
     ema: float = 0.99  # decay of the averaged weights
-    features: float = 1.0  # weight of the blocks' errors beside the answer's,
+    features: float = 0.1  # weight of the blocks' errors beside the answer's,
     balance: float = 1e-2  # and of the balance of experts
     trackers: tuple[str, ...] = ()  # of the training, as `train.Training`: tensorboard, wandb, ...
     images: int = 64  # pictures that measure
