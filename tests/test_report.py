@@ -12,6 +12,7 @@ from report_samples import COUNT, FIELDS, LOG, ROWS, fit_log, make_artifact, mak
 from gencompress.files import FormatError
 from gencompress.report import text, write_report
 from gencompress.report.chart import Axis, Point, Series, line_chart
+from gencompress.report.figures import step_figures, step_legend
 from gencompress.report.page import recipe_listing
 from gencompress.report.rows import change, change_words, group_of
 
@@ -393,6 +394,23 @@ def test_a_line_of_many_points_has_no_markers(tmp_path):
         charts.append(page[page.index('class="wide"') :].split("</svg>")[0])
     assert charts[0].count("<circle") == 40 and charts[1].count("<circle") == 0
     assert "NaN" not in charts[1]
+
+
+def test_each_series_of_a_training_has_a_line(tmp_path):
+    rows = [
+        {"kind": "step", "step": step, "loss": loss + number, "series": f"expert {number}"}
+        for number in range(3)
+        for step, loss in ((10, 1.0), (20, 0.5))
+    ]
+    rows.append({"kind": "step", "step": 5, "balance": 1.0, "series": "expert 1"})
+    figures = step_figures(rows)
+    assert [one["title"] for one in figures] == ["loss"]  # one balance makes no line
+    chart = str(figures[0]["chart"])
+    assert chart.count('class="line"') == 3 and "3 lines" in chart
+    assert [name for _, name in step_legend(rows)] == ["expert 0", "expert 1", "expert 2"]
+    assert step_legend(rows[:2]) == []
+    page, _, _ = written([make_artifact(tmp_path / "a", log=rows)], tmp_path / "report")
+    assert page.count("</svg>expert 2</li>") == 1
 
 
 def test_counts_that_span_decades_stay_linear(tmp_path):

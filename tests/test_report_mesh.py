@@ -154,6 +154,7 @@ def test_measurements_of_a_mesh_have_their_groups(tmp_path):
         ("faces never seen", "faces", "size"),
         ("surface distance, L1", "", "quality"),
         ("pruning time", "s", "cost"),
+        ("size of the experts, whole against differences", "B", "size"),
         ("render time", "s", "speed"),
     ],
 )

@@ -96,9 +96,7 @@ def _curve_figure(key: tuple[str, str, str, str], rows: Sequence[dict[str, Any]]
     along = key[0] == STEP
     x = Axis(key[0] or "x", key[1], log=not along)
     y = Axis(key[2] or "y", key[3], log=key[3] != "dB" and not along)
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_name.setdefault(str(row.get("series") or ""), []).append(row)
+    by_name = _by_series(rows)
     scale = _percent_scale(rows, x.unit)
     series = [
         Series(name, _points(name, group, x, y, scale), held=along and _are_counts(group))
@@ -191,19 +189,37 @@ def _cell(x: Any, unit: str) -> tuple[str, str | None]:
 
 
 def step_figures(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One small chart per number logged along the steps: {"title", "chart"}."""
+    """One small chart per number logged along the steps, a line for each series of the rows, as
+    stages or experts: {"title", "chart"}."""
     names = [k for row in rows for k in row if k not in ("kind", "step", "series")]
     figures = []
     for name in dict.fromkeys(names):
-        found = [(number(r.get("step", i)), number(r.get(name))) for i, r in enumerate(rows)]
-        points = [Point(x, y) for x, y in found if x is not None and y is not None]
-        if len(points) < 2:
+        series = [_along(own, group, name) for own, group in _by_series(rows).items()]
+        if max((len(one.points) for one in series), default=0) < 2:
             continue
-        series = [Series("", tuple(_thin(sorted(points, key=lambda p: p.x))))]
         x, y = Axis("step", log=False), Axis(name)
         size = {"width": 370, "height": 230, "markers": False, "name_lines": False}
         figures.append({"title": name, "chart": line_chart(name, series, x, y, **size)})
     return figures
+
+
+def step_legend(rows: Sequence[dict[str, Any]]) -> list[tuple[Any, str]]:
+    """Swatches and names of the lines of `step_figures`, where there is more than one."""
+    names = [name for name in _by_series(rows) if name]
+    return [(marker(i), name) for i, name in enumerate(names)] if len(names) > 1 else []
+
+
+def _by_series(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(str(row.get("series") or ""), []).append(row)
+    return found
+
+
+def _along(own: str, rows: Sequence[dict[str, Any]], name: str) -> Series:
+    found = [(number(r.get("step", i)), number(r.get(name))) for i, r in enumerate(rows)]
+    points = [Point(x, y) for x, y in found if x is not None and y is not None]
+    return Series(own, tuple(_thin(sorted(points, key=lambda p: p.x))))
 
 
 def _thin(points: list[Point]) -> list[Point]:

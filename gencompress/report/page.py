@@ -18,6 +18,7 @@ from gencompress.report.figures import (
     curve_heading,
     density_table,
     step_figures,
+    step_legend,
     together,
 )
 from gencompress.report.headline import COLUMNS, headline
@@ -105,6 +106,7 @@ def _for_page(
         "curve_heading": curve_heading(a["curves"]),
         "density_table": density_table(a["density"]),
         "step_figures": step_figures(a["steps"]),
+        "step_legend": step_legend(a["steps"]),
         "log_lines": _log_lines(a["log"]),
         "facts": facts(a),
         "folder_shown": unquote(a["folder"]),

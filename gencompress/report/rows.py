@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -34,19 +35,24 @@ _FEWER = {"size": ("smaller", "larger"), "speed": ("faster", "slower"), "cost": 
 def group_of(name: str, unit: str) -> str:
     """Which of `GROUPS` a measurement belongs to, by its unit and the words of its name."""
     low = name.lower()
-    if unit in COST_UNITS or any(word in low for word in _COST_WORDS):
+    if unit in COST_UNITS or _names(low, _COST_WORDS):
         return "cost"
     if unit in text.TIME_UNITS | text.RATE_UNITS:
         return "speed"
-    if unit == "dB" or any(word in low for word in _QUALITY_WORDS):
+    if unit == "dB" or _names(low, _QUALITY_WORDS):
         return "quality"
-    if any(word in low for word in _TOPOLOGY_WORDS):
+    if _names(low, _TOPOLOGY_WORDS):
         return "topology"
-    if any(word in low for word in _SPEED_WORDS):
+    if _names(low, _SPEED_WORDS):
         return "speed"
-    if unit in _SIZE_UNITS or any(word in low for word in _SIZE_WORDS):
+    if unit in _SIZE_UNITS or _names(low, _SIZE_WORDS):
         return "size"
     return "other"
+
+
+def _names(low: str, words: Sequence[str]) -> bool:
+    """Whether one of its words begins with one of these: holes, but not whole, with hole."""
+    return any(re.search(rf"\b{re.escape(word)}", low) for word in words)
 
 
 def describe(artifact: Artifact, out: Path, ident: str) -> dict[str, Any]:
@@ -147,7 +153,7 @@ def direction(row: dict[str, Any]) -> str:
         return words[1] if rose == (row["better"] == "lower") else words[0]
     if row["group"] == "size" and row["unit"] not in ("B", "bytes", "kB", "MB", "GB"):
         words = ("fewer", "more")
-    if row["group"] == "topology" and any(w in row["name"].lower() for w in _COUNTED_WORDS):
+    if row["group"] == "topology" and _names(row["name"].lower(), _COUNTED_WORDS):
         words = ("fewer", "more")  # loops are counted; a genus is higher or lower
     return words[1] if rose else words[0]
 
