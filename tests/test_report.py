@@ -437,6 +437,7 @@ def test_a_curve_along_the_steps_that_is_no_count_slopes(tmp_path):
         (100, 25, "B", "lower", "better", "4.00× smaller"),
         (100, 400, "B", "lower", "worse", "4.00× larger"),
         (0.1, 0.2, "s", "lower", "worse", "2.00× slower"),
+        (0.0441, 0.0442, "s", "lower", "worse", "nearly unchanged"),
         (10, 30, "fps", "higher", "better", "3.00× faster"),
         (30, 10, "fps", "higher", "worse", "3.00× slower"),
         (40.0, 35.0, "dB", "higher", "worse", "−5.00\N{NO-BREAK SPACE}dB"),

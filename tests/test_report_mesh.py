@@ -155,6 +155,8 @@ def test_measurements_of_a_mesh_have_their_groups(tmp_path):
         ("surface distance, L1", "", "quality"),
         ("pruning time", "s", "cost"),
         ("size of the experts, whole against differences", "B", "size"),
+        ("similarity to training pictures by caption", "", "quality"),
+        ("memory of a training step", "B", "cost"),
         ("render time", "s", "speed"),
     ],
 )

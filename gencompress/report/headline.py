@@ -107,6 +107,8 @@ def _factor_figure(row: dict[str, Any]) -> dict[str, str]:
     before, after = rows.value_of(row, "before"), rows.value_of(row, "after")
     same = row["change"]["verdict"] == "same"
     label = f"{row['name']} unchanged" if same else rows.direction(row)
+    if rows.nearly_same(row) and not same:
+        label = f"{row['name']} nearly unchanged"
     figure = text.short_factor(max(ratio, 1 / ratio))
     return {"figure": figure, "label": label, "detail": f"{row['name']} {before} → {after}"}
 

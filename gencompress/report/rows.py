@@ -21,8 +21,8 @@ GROUPS = ("size", "cost", "quality", "topology", "speed", "other")
 COST_UNITS = {"MACs", "FLOPs", "GMACs", "GFLOPs"}
 _SIZE_UNITS = {"B", "bytes", "kB", "MB", "GB", "params", "parameters", "units", "faces"}
 _SIZE_WORDS = ("splat", "face", "vertices", "parameter", "size", "count", "cells", "experts")
-_COST_WORDS = ("memory", "macs", "flops", "intersection", "compression", "scoring", "training")
-_COST_WORDS += ("fitting", "pruning")
+_COST_WORDS = ("memory", "macs", "flops", "intersection")
+_WORK_WORDS = ("compression", "scoring", "training", "fitting", "pruning")  # whose time is a cost
 _QUALITY_WORDS = ("psnr", "ssim", "lpips", "fid", "cmmd", "clip", "sscd", "iou", "chamfer")
 _QUALITY_WORDS += ("hausdorff", "similarity", "error", "accuracy", "silhouette", "f-score")
 _QUALITY_WORDS += ("consistency", "distance", "precision", "recall")
@@ -36,6 +36,8 @@ def group_of(name: str, unit: str) -> str:
     """Which of `GROUPS` a measurement belongs to, by its unit and the words of its name."""
     low = name.lower()
     if unit in COST_UNITS or _names(low, _COST_WORDS):
+        return "cost"
+    if unit in text.TIME_UNITS and _names(low, _WORK_WORDS):
         return "cost"
     if unit in text.TIME_UNITS | text.RATE_UNITS:
         return "speed"
@@ -141,8 +143,16 @@ def change_words(row: dict[str, Any]) -> str:
         return f"{text.plain(abs(moved['difference']))} {direction(row)}"
     if moved["ratio"] is None:
         return text.difference(moved["difference"], row["unit"])
+    if nearly_same(row):
+        return "nearly unchanged"
     ratio = abs(moved["ratio"])
     return f"{text.factor(max(ratio, 1 / ratio))} {direction(row)}"
+
+
+def nearly_same(row: dict[str, Any]) -> bool:
+    """Whether the ratio would be shown as 1.00."""
+    ratio = row["change"]["ratio"]
+    return ratio is not None and text.factor(max(ratio, 1 / ratio)) == text.factor(1.0)
 
 
 def direction(row: dict[str, Any]) -> str:
