@@ -5,6 +5,7 @@ from killing import (
     KILLED,
     MANY,
     commands,
+    compiled,
     killed_often,
     left_of,
     linux_only,
@@ -69,6 +70,7 @@ def test_three_kills(run, ground, tmp_path, name, checkpoints):
     start = starter(run, ground, COMMANDS[name])
     code, _, said = start(tmp_path / "whole" / "r")
     assert code == 1 and "does not exist" in said  # a folder to hold it is needed
+    compiled(start, tmp_path)
     (tmp_path / "whole").mkdir()
     assert start(tmp_path / "whole" / "r")[0] == 0
     assert left_of(tmp_path / "whole" / "r") == set()
