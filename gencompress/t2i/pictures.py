@@ -30,18 +30,23 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8f6a00", "#56b4e9", "#4
 
 
 def write_preview(
-    before: Any, after: Any, wanted: EvaluationSet, folder: Path, progress: Progress = quiet
+    before: Any,
+    after: Any,
+    wanted: EvaluationSet,
+    folder: Path,
+    progress: Progress = quiet,
+    pictures: Sequence[dict[str, str]] = (),
 ) -> None:
-    """Sheets of held-out prompts with index.json: both pipelines and their difference."""
+    """Sheets of held-out prompts with index.json: both pipelines and their difference; `pictures`
+    that are there already are named in it."""
     few = shown(wanted)
     old, new = (make_images(pipe, few, progress=progress) for pipe in (before, after))
     views = write_pair(old, new, few, folder)
-    write_index(views, folder)
+    write_index(views, folder, pictures)
 
 
-def shown(wanted: EvaluationSet) -> EvaluationSet:
-    """What of it a preview shows."""
-    count = SHEETS * ON_A_SHEET
+def shown(wanted: EvaluationSet, count: int = SHEETS * ON_A_SHEET) -> EvaluationSet:
+    """What of it a preview shows: the first `count`."""
     return replace(wanted, prompts=wanted.prompts[:count], seeds=wanted.seeds[:count])
 
 

@@ -14,7 +14,7 @@ from gencompress.measure import analytic
 from gencompress.t2i.dense2moe import classes
 from gencompress.t2i.dense2moe.classes import JoinedOut, Mixture, MixtureFeedForward, Table
 from gencompress.t2i.dense2moe.layout import kind_of
-from gencompress.t2i.dense2moe.moe import blocks, dense_path, mixtures, set_top_k
+from gencompress.t2i.dense2moe.moe import blocks, dense_path, mixtures, place_of, set_top_k
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ def account(model: Any, latent: int, tokens: int) -> Account:
     layers, runs = mixtures(model), _runs(model)
     total, active = 0, 0.0
     for name, parameter in model.named_parameters():
-        plain = dense_path(name).removesuffix(".weight").removesuffix(".bias")
-        path, _, leaf = plain.rpartition(".")
+        path, leaf = place_of(name)
         share = _share(runs, name if ".block." in name else "")
         if path in layers and leaf in ("w1", "b1", "w2", "router"):
             layer = layers[path]

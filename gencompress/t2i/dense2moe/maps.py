@@ -6,7 +6,6 @@ E routed experts of a layer, S steps of sampling.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.dense2moe.mob import recording_blocks
 from gencompress.t2i.dense2moe.moe import blocks, mixtures, recording, set_top_k
 from gencompress.t2i.evaluate import EvaluationSet, make_images
-from gencompress.t2i.pictures import COLOURS, resized, save_image
+from gencompress.t2i.pictures import COLOURS, resized, save_image, shown
 from gencompress.t2i.pipeline import denoiser
 from gencompress.t2i.sample import grid
 
@@ -36,15 +35,14 @@ def write_maps(
     """experts.png and numbers.png, and blocks.png where blocks form groups, as the pictures of an
     index.json."""
     model, _ = denoiser(pipe)
-    few = _first(wanted, PER_NUMBER)
-    found = []
+    few, found = shown(wanted, PER_NUMBER), []
     if any(layer.top_k for layer in mixtures(model).values()) or blocks(model):
         loads, runs = while_drawing(pipe, few, progress)
         if loads:
             steps = _spread(len(next(iter(loads.values()))))
-            shown = {path: one[steps] / one.mean(1)[steps, None] for path, one in loads.items()}
-            _map(shown, FULL).save(folder / "experts.png")
-            worst = max(float(one.max()) for one in shown.values())
+            spread = {path: one[steps] / one.mean(1)[steps, None] for path, one in loads.items()}
+            _map(spread, FULL).save(folder / "experts.png")
+            worst = max(float(one.max()) for one in spread.values())
             caption = (
                 "where tokens go: a row for each layer, a strip for each of some steps of sampling "
                 f"from noise on, a cell for each expert, the darker the more, at {FULL:g} times "
@@ -155,7 +153,3 @@ def _spread(count: int) -> list[int]:
     """SHOWN of `count` numbers, the first and the last among them."""
     shown = min(SHOWN, count)
     return [round(i * (count - 1) / max(shown - 1, 1)) for i in range(shown)]
-
-
-def _first(wanted: EvaluationSet, count: int) -> EvaluationSet:
-    return replace(wanted, prompts=wanted.prompts[:count], seeds=wanted.seeds[:count])

@@ -35,11 +35,10 @@ from gencompress.t2i.dense2moe.settings import Config
 from gencompress.t2i.dense2moe.start import KNOWN, Given, begun, given, routers_digest
 from gencompress.t2i.distill import again
 from gencompress.t2i.distill import predict as answer
-from gencompress.t2i.evaluate import make_images
 from gencompress.t2i.formats import stored_type
 from gencompress.t2i.inputs import Inputs
 from gencompress.t2i.loading import pipeline_and_inputs
-from gencompress.t2i.pictures import shown, write_index, write_pair, write_samples
+from gencompress.t2i.pictures import write_preview, write_samples
 from gencompress.t2i.pipeline import (
     denoiser,
     load_pipeline,
@@ -247,10 +246,9 @@ def preview(
 ) -> None:
     """Pictures of held-out prompts, of both pipelines from the same seeds; where tokens go, which
     blocks run, and pictures by the number of experts a token."""
-    after, few = beside(before, after), shown(data.wanted)
-    old, new = (make_images(pipe, few, progress=progress) for pipe in (before, after))
-    views = write_pair(old, new, few, folder)
-    write_index(views, folder, write_maps(after, data.wanted, folder, progress))
+    after = beside(before, after)
+    maps = write_maps(after, data.wanted, folder, progress)
+    write_preview(before, after, data.wanted, folder, progress, maps)
 
 
 def sample(model: Any, data: Inputs, folder: Path) -> list[Path]:

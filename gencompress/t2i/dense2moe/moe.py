@@ -33,6 +33,14 @@ def dense_path(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "block")
 
 
+def place_of(name: str) -> tuple[str, str]:
+    """The layer that a parameter belongs to, by the path in the dense model, and what it is there:
+    "w1", "router", "first", ..., of weights and biases the same."""
+    plain = dense_path(name).removesuffix(".weight").removesuffix(".bias")
+    path, _, leaf = plain.rpartition(".")
+    return path, leaf
+
+
 def set_top_k(model: Any, top_k: int | Mapping[str, int]) -> None:
     """How many experts a token runs through, in all layers or by path, from the next forward on;
     0 leaves the shared expert. Goes into the config, so that a saved model keeps it.

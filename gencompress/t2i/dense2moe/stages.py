@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from gencompress.core.progress import Progress, quiet
 from gencompress.t2i.calibrate import Calibration, conditions_of, noised
 from gencompress.t2i.dense2moe.mob import block_balance_loss, exploring, recording_blocks
-from gencompress.t2i.dense2moe.moe import balance_loss, blocks, mixtures, recording, set_top_k
+from gencompress.t2i.dense2moe.moe import (
+    balance_loss,
+    blocks,
+    mixtures,
+    place_of,
+    recording,
+    set_top_k,
+)
 from gencompress.t2i.distill import FLOOR, Draws, predict, targets
 from gencompress.t2i.hooks import Streams, record
 from gencompress.t2i.pipeline import denoiser
@@ -118,8 +125,7 @@ def freeze(student: Any, stage: str, thaw: str = THAWS[0]) -> None:
     layers, inside = mixtures(student), tuple(f"{path}." for path in block_paths(student))
     grouped = tuple(f"{path}." for path in in_groups(student))
     for name, parameter in student.named_parameters():
-        path, _, leaf = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")
-        path = ".".join(part for part in path.split(".") if part != "block")
+        path, leaf = place_of(name)
         routed = path in layers and leaf in (*ROUTED, "router")
         shared = path in layers and leaf in SHARED
         if stage == "experts":
