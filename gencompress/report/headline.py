@@ -117,8 +117,9 @@ def _in_order(a: dict[str, Any]) -> list[dict[str, Any]]:
     """Its measurements; of a mesh what counts first, whatever the order."""
     if a["method"] != "mesh":
         return list(a["measurements"])
-    lead = [[word not in r["name"].lower() for word in _FIRST] for r in a["measurements"]]
-    return [r for _, r in sorted(zip(lead, a["measurements"], strict=True), key=lambda p: p[0])]
+    return sorted(
+        a["measurements"], key=lambda r: [word not in r["name"].lower() for word in _FIRST]
+    )
 
 
 def _size(measured: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ def render(report: dict[str, Any]) -> str:
     if len(artifacts) > 1:
         lines += ["## Overview", "", *_overview(report["overview"]), ""]
         compared = _comparison(report["comparison"])
-        if len({a["method"] for a in artifacts}) > 1:  # little is shared, so much is missing
+        if rows.of_several_methods(artifacts):
             compared = [f"<details><summary>{IN_COMMON}</summary>", "", *compared, "</details>", ""]
         lines += compared
     for a in artifacts:

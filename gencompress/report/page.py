@@ -66,7 +66,7 @@ def render(
         overview=report["overview"],
         columns=COLUMNS,
         compared=report["comparison"],
-        mixed=len({a["method"] for a in artifacts}) > 1,
+        mixed=rows.of_several_methods(artifacts),
         together=together(report["artifacts"]),
         values_are=_values_are(report["artifacts"]),
         devices=list(dict.fromkeys(a["device"] for a in artifacts if a["device"])),

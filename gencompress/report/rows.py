@@ -168,6 +168,11 @@ def direction(row: dict[str, Any]) -> str:
     return words[1] if rose else words[0]
 
 
+def of_several_methods(artifacts: Sequence[dict[str, Any]]) -> bool:
+    """Then they share little, and most of a table of what two or more share is missing."""
+    return len({a["method"] for a in artifacts}) > 1
+
+
 def is_fit(a: dict[str, Any]) -> bool:
     """Whether the model was made from photos or masks: there was none before."""
     return a["verb"] == "fit"
