@@ -40,6 +40,21 @@ def samples():
     ]
 
 
+def fitted(how, workdir, stop):
+    """A model that was trained, its average and its log; interrupted at a step, if one is named."""
+    model = Toy()
+    inner = step_of(model)
+
+    def step(number, batch, chance):
+        if number == stop:
+            raise KeyboardInterrupt
+        return inner(number, batch, chance)
+
+    generator = torch.Generator().manual_seed(5)
+    log, ema = fit({"toy": model}, step, samples(), how, workdir, generator)
+    return model, ema, log
+
+
 def named(model):
     return {f"toy.{name}": one for name, one in model.named_parameters()}
 
@@ -90,16 +105,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, precision):
     how = replace(HOW, precision=precision, save_steps=1)
 
     def run(workdir, stop):
-        model = Toy()
-        inner = step_of(model)
-
-        def step(number, batch, chance):
-            if number == stop:
-                raise KeyboardInterrupt
-            return inner(number, batch, chance)
-
-        generator = torch.Generator().manual_seed(5)
-        log, ema = fit({"toy": model}, step, samples(), how, workdir, generator)
+        model, ema, log = fitted(how, workdir, stop)
         return model.state_dict(), ema.values, [row["loss"] for row in log]
 
     whole = run(None, None)
@@ -156,15 +162,7 @@ def test_some_learn_faster_and_resume_so(kind, tmp_path):
         assert factors[id(one)] == wanted, name
 
     def after(how, workdir=None, stop=None):
-        made = Toy()
-        inner = step_of(made)
-
-        def step(number, batch, chance):
-            if number == stop:
-                raise KeyboardInterrupt
-            return inner(number, batch, chance)
-
-        fit({"toy": made}, step, samples(), how, workdir, torch.Generator().manual_seed(4))
+        made, *_ = fitted(how, workdir, stop)
         return {name: one.detach() for name, one in named(made).items()}
 
     plain = replace(HOW, optimizer=kind, save_steps=1, warmup=0, last_rate=1.0, steps=4)
